@@ -1,0 +1,192 @@
+"""Save and load adapters in the PEFT layout: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from softprompts.attach import SLOT, adapters_of, attach
+from softprompts.core import MethodConfig
+from softprompts.errors import SoftPromptsError, UsageError
+from softprompts.registry import method_from_dict
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_TYPE = "SOFTPROMPT"
+ROOT = "base_model.model."
+OWN = f"{ROOT}{SLOT}.softprompt_methods."
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, name: str | None = None, about: Mapping[str, Any] | None = None
+) -> Path:
+    """Write one adapter (by default the active one) and the trained head to `folder`, atomically.
+
+    Args:
+        model: a model with prompts attached.
+        folder: created or replaced file by file.
+        name: which adapter.
+        about: further entries of the config, for example `base_model_name_or_path` and `task_type`.
+
+    Raises:
+        UsageError: no such adapter.
+        SoftPromptsError: the disk refuses.
+    """
+    adapters = adapters_of(model)
+    method = adapters.method(name)
+    config = adapters.configs[name or str(adapters.active)]
+    tensors = {f"{OWN}{key}": value for key, value in method.state_dict().items()}
+    for head in adapters.heads:
+        state = model.get_submodule(head).state_dict()
+        tensors |= {f"{ROOT}{head}.{key}": value for key, value in state.items()}
+    entries = {
+        "peft_type": PEFT_TYPE,
+        "task_type": None,
+        "base_model_name_or_path": getattr(model.config, "_name_or_path", None) or None,
+        "inference_mode": True,
+        "modules_to_save": list(adapters.heads) or None,
+        "width": adapters.width,
+        "softprompt": config.to_dict(),
+        **(about or {}),
+    }
+    folder = Path(folder)
+    write_tensors(folder / WEIGHTS_FILE, tensors)
+    write_text(folder / CONFIG_FILE, json.dumps(entries, indent=2) + "\n")
+    return folder
+
+
+def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *, trainable: bool = True) -> nn.Module:
+    """Attach the adapter saved in `folder` and, if one was saved, put its head on the model.
+
+    Raises:
+        UsageError: not an adapter of this package, damaged, or made for another model width or head.
+    """
+    folder = Path(folder)
+    config, entries = read_config(folder)
+    tensors = read_tensors(folder)
+    if tensors.keys() - {"prompt", "offset"} == set():
+        raise UsageError(f"{folder / WEIGHTS_FILE} holds no prompt; save the adapter again")
+    width = model.get_input_embeddings().weight.shape[1]
+    if entries.get("width", width) != width:
+        raise UsageError(
+            f"{folder} was trained for width {entries['width']} ({entries.get('base_model_name_or_path')}), "
+            f"this model has width {width}; load the model it was trained on"
+        )
+    attach(model, config, name, initialise=False)
+    adapters = adapters_of(model)
+    try:
+        fill(adapters.method(name), {k: v for k, v in tensors.items() if k.startswith(("prompt.", "offset."))}, folder)
+        for head in adapters.heads:
+            fill(
+                model.get_submodule(head),
+                {k[len(head) + 1 :]: v for k, v in tensors.items() if k.startswith(head + ".")},
+                folder,
+            )
+    except UsageError:
+        from softprompts.attach import detach
+
+        detach(model, name)
+        raise
+    if not trainable:
+        adapters.method(name).requires_grad_(False)
+    return model
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Load `tensors` into `module`, every key and shape as it must be."""
+    own = module.state_dict()
+    for key, value in own.items():
+        if key not in tensors:
+            raise UsageError(f"{folder / WEIGHTS_FILE} lacks '{key}'; it is damaged or of another model class")
+        if tensors[key].shape != value.shape:
+            raise UsageError(
+                f"{folder / WEIGHTS_FILE}: '{key}' has shape {tuple(tensors[key].shape)}, "
+                f"its config asks for {tuple(value.shape)}; it is damaged or of another model class"
+            )
+    if extra := set(tensors) - set(own):
+        raise UsageError(f"{folder / WEIGHTS_FILE} holds unknown '{min(extra)}'; it is damaged or of another version")
+    module.load_state_dict(tensors)
+
+
+def read_config(folder: Path) -> tuple[MethodConfig, dict[str, Any]]:
+    """Return (method settings, all entries) of a saved adapter.
+
+    Raises:
+        UsageError: no such folder, not JSON, or another kind of adapter.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UsageError(f"{folder} holds no adapter ({CONFIG_FILE} is missing); name the folder that `train` wrote")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); it is damaged, save the adapter again") from None
+    if not isinstance(entries, dict) or "softprompt" not in entries:
+        kind = entries.get("peft_type") if isinstance(entries, dict) else None
+        raise UsageError(f"{path} is not an adapter of softprompts (peft_type={kind!r}); load it with PEFT itself")
+    return method_from_dict(entries["softprompt"]), entries
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return an adapter's tensors by short name: `prompt.…`, `offset.…`, and the head's.
+
+    Raises:
+        UsageError: missing or damaged.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise UsageError(f"{folder} holds no adapter weights ({WEIGHTS_FILE} is missing)")
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); it is damaged, save the adapter again") from None
+    return {key.removeprefix(OWN).removeprefix(ROOT): value for key, value in tensors.items()}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file atomically."""
+    ready = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
+    replace(path, lambda temporary: save_file(ready, temporary, metadata={"format": "pt"}))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    replace(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def replace(path: Path, write: Callable[[str], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place: all of it or nothing.
+
+    Raises:
+        SoftPromptsError: no space, no permission.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SoftPromptsError(f"cannot write {path}: {reason}; free some space or name another --out") from None
+
+
+def rng_state() -> dict[str, Tensor]:
+    """Return the random state of torch, for a bit-exact resume."""
+    state = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["rng.cuda"] = torch.cuda.get_rng_state()
+    return state

@@ -1,0 +1,259 @@
+"""The one idea: a method says what to put before the token embeddings and what to add to them.
+
+    embeds (B, T, D)  ->  [ prompt (P, D) ; embeds + offset (B, T, D) ]  ->  (B, P+T, D)
+
+The frozen backbone sees the right-hand side; nothing else about it changes. The two axes are independent:
+a method fills one or both, and any prompt goes with any offset (`CombinedConfig`).
+
+Axes, the same letters everywhere: B batch, T input tokens, P prompt length, D model width, K subspaces,
+C codewords per codebook, S subspace width (S = D/K), R rank, N source prompts.
+
+Reading order: this file, `codebook.py`, `methods/accept.py`, `attach.py`, `train.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from softprompts.errors import UsageError
+from softprompts.init import Start, Vocabulary
+from softprompts.settings import Settings
+
+
+class Prompt(nn.Module, ABC):
+    """What is prepended: P vectors, the same for every row or made from the row."""
+
+    length: int
+
+    @staticmethod
+    @abstractmethod
+    def count(**sizes: int) -> int:
+        """Return the number of trainable scalars for the constructor's sizes, without building."""
+
+    @abstractmethod
+    def initialise(self, start: Start, vocabulary: Vocabulary) -> None:
+        """Fill the parameters in place as `start` says."""
+
+    @abstractmethod
+    def forward(
+        self, embeds: Float[Tensor, "B T D"], mask: Int[Tensor, "B T"]
+    ) -> Float[Tensor, "P D"] | Float[Tensor, "B P D"]:
+        """Return the prompt; `embeds` and `mask` (1 = text) serve prompts that depend on the input."""
+
+
+class Offset(nn.Module, ABC):
+    """What is added to the token embeddings: by position, or by token."""
+
+    positions: int | None = None
+    """Rows of a position-wise table, None if any length goes."""
+
+    @staticmethod
+    @abstractmethod
+    def count(**sizes: int) -> int:
+        """Return the number of trainable scalars for the constructor's sizes, without building."""
+
+    @abstractmethod
+    def initialise(self, start: Start, vocabulary: Vocabulary) -> None:
+        """Fill the parameters in place as `start` says."""
+
+    @abstractmethod
+    def forward(
+        self, embeds: Float[Tensor, "B T D"], at: Int[Tensor, "B T"] | None
+    ) -> Float[Tensor, "T D"] | Float[Tensor, "B T D"]:
+        """Return the offset of each token; `at` is its position in the text, None if that is 0..T-1."""
+
+
+class PositionOffset(Offset):
+    """An offset that depends on the position alone: a table of `positions` rows, however it is written."""
+
+    positions: int
+
+    @abstractmethod
+    def table(self, rows: int) -> Float[Tensor, "rows D"]:
+        """Return the first `rows` rows of the table."""
+
+    def forward(
+        self, embeds: Float[Tensor, "B T D"], at: Int[Tensor, "B T"] | None
+    ) -> Float[Tensor, "T D"] | Float[Tensor, "B T D"]:
+        if at is None:
+            length = embeds.shape[1]
+            table = self.table(min(length, self.positions))
+            # Slots past the table can only be padding here (`attach` has checked), so they get nothing.
+            return table if length <= self.positions else nn.functional.pad(table, (0, 0, 0, length - self.positions))
+        inside = (at < self.positions).unsqueeze(-1)
+        return self.table(self.positions)[at.clamp(max=self.positions - 1)] * inside
+
+
+class SoftPrompt(nn.Module):
+    """One trained (or trainable) adapter: a prompt, an offset, or both."""
+
+    def __init__(self, prompt: Prompt | None, offset: Offset | None) -> None:
+        super().__init__()
+        self.prompt = prompt
+        self.offset = offset
+
+    @property
+    def length(self) -> int:
+        """P, the number of prepended vectors."""
+        return self.prompt.length if self.prompt is not None else 0
+
+    @property
+    def positions(self) -> int | None:
+        """The longest text that the offset reaches, None if any."""
+        return self.offset.positions if self.offset is not None else None
+
+    def forward(
+        self, embeds: Float[Tensor, "B T D"], at: Int[Tensor, "B T"] | None, mask: Int[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B P D"] | None, Float[Tensor, "B T D"]]:
+        """Return (prompt of every row or None, embeds + offset), both in the dtype of `embeds`."""
+        prompt = None
+        if self.prompt is not None:
+            prompt = self.prompt(embeds, mask).to(embeds.dtype)
+            if prompt.dim() == 2:
+                prompt = prompt.expand(embeds.shape[0], -1, -1)
+        if self.offset is not None:
+            # Out of place: the embeddings may be shared with gradient checkpointing or the caller.
+            embeds = embeds + self.offset(embeds, at).to(embeds.dtype)
+        return prompt, embeds
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the trainable parameters by learning-rate group: `prompt` and `offset`."""
+        parts = {"prompt": self.prompt, "offset": self.offset}
+        return {name: list(part.parameters()) for name, part in parts.items() if part is not None}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A prompt or an offset that is sized but not built."""
+
+    module: type[Prompt] | type[Offset]
+    sizes: dict[str, int]
+    options: dict[str, Any]
+    start: Start
+
+    @property
+    def num_trainable(self) -> int:
+        """Trainable scalars, from the formula."""
+        return self.module.count(**self.sizes)
+
+    def build(self) -> Any:
+        """Return the module, with uninitialised parameters."""
+        return self.module(**self.sizes, **self.options)
+
+
+class MethodConfig(Settings):
+    """Settings of one method; a subclass says which parts it makes for a given model width."""
+
+    name: ClassVar[str]
+
+    prompt_from: str | None = None
+    """Saved adapter whose prompt is the start. Read once, when attached: a saved adapter does not need it."""
+    offset_from: str | None = None
+    """Saved adapter whose offset is the start. Read once, when attached: a saved adapter does not need it."""
+
+    def resolved(self, width: int) -> Any:
+        """Return these settings with every derived size written out for the model width.
+
+        Raises:
+            UsageError: sizes that do not fit the width or the budget.
+        """
+        return self
+
+    def prompt_part(self, width: int) -> Part | None:
+        """Return the prepended part, None if this method has none."""
+        return None
+
+    def offset_part(self, width: int) -> Part | None:
+        """Return the added part, None if this method has none."""
+        return None
+
+    def num_trainable(self, width: int) -> int:
+        """Return the number of trainable scalars for the model width, without building anything."""
+        return sum(part.num_trainable for part in (self.prompt_part(width), self.offset_part(width)) if part)
+
+    def build(self, width: int) -> SoftPrompt:
+        """Return the adapter with uninitialised parameters.
+
+        Raises:
+            UsageError: neither part is there, or the sizes do not fit.
+        """
+        prompt, offset = self.prompt_part(width), self.offset_part(width)
+        if prompt is None and offset is None:
+            raise UsageError(f"{self.name}: nothing to train; give it a prompt_length or offset_positions above 0")
+        return SoftPrompt(prompt.build() if prompt else None, offset.build() if offset else None)
+
+    def initialise(self, soft_prompt: SoftPrompt, width: int, vocabulary: Vocabulary) -> None:
+        """Fill the parameters of `build(width)` in place."""
+        with torch.no_grad():
+            for module, part in (
+                (soft_prompt.prompt, self.prompt_part(width)),
+                (soft_prompt.offset, self.offset_part(width)),
+            ):
+                if module is not None and part is not None:
+                    module.initialise(part.start, vocabulary)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data from which `registry.method_from_dict` makes an equal config."""
+        return {"method": self.name, **{field: getattr(self, field) for field in type(self).model_fields}}
+
+
+class CombinedConfig(MethodConfig):
+    """The prompt of one method with the offset of another, written `accept+dept` on the command line."""
+
+    prompt: MethodConfig
+    """Method whose prepended part is used."""
+    offset: MethodConfig
+    """Method whose added part is used; it gets the budget that the prompt leaves."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The two names, joined by a plus sign."""
+        return f"{self.prompt.name}+{self.offset.name}"
+
+    def resolved(self, width: int) -> CombinedConfig:
+        # One length decides the split of the budget; a prompt that leaves it open takes the offset's.
+        length = getattr(self.prompt, "prompt_length", None)
+        if length is None:
+            length = getattr(self.offset, "prompt_length", None)
+        prompt, offset = self.prompt, self.offset
+        if "prompt_length" in type(prompt).model_fields:
+            prompt = prompt.updated(prompt_length=length)
+        if "prompt_length" in type(offset).model_fields:
+            offset = offset.updated(prompt_length=length)
+        return self.updated(prompt=prompt.resolved(width), offset=offset.resolved(width))
+
+    def prompt_part(self, width: int) -> Part | None:
+        part = self.resolved(width).prompt.prompt_part(width)
+        if part is None:
+            raise UsageError(f"{self.name}: {self.prompt.name} prepends nothing as set; name another method first")
+        return part
+
+    def offset_part(self, width: int) -> Part | None:
+        part = self.resolved(width).offset.offset_part(width)
+        if part is None:
+            raise UsageError(f"{self.name}: {self.offset.name} adds nothing; take dept, adept or accept second")
+        return part
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {field: getattr(self, field) for field in MethodConfig.model_fields}
+        return {"method": self.name, **own, "prompt": self.prompt.to_dict(), "offset": self.offset.to_dict()}
+
+
+def left_for_offset(budget_tokens: int, prompt_length: int) -> int:
+    """Return how many of the budget's free vectors the prompt leaves for the offset.
+
+    Raises:
+        UsageError: nothing is left.
+    """
+    if budget_tokens <= prompt_length:
+        raise UsageError(
+            f"budget_tokens={budget_tokens} leaves nothing for the offset beside prompt_length={prompt_length}; "
+            f"raise budget_tokens, lower prompt_length, or give the offset's size yourself"
+        )
+    return budget_tokens - prompt_length
