@@ -33,14 +33,14 @@ TASK_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestio
 
 
 def attach(
-    model: nn.Module,
+    model: Any,
     config: MethodConfig,
     name: str = "default",
     *,
     tokenizer: Any = None,
     train_head: bool = True,
     initialise: bool = True,
-) -> nn.Module:
+) -> Any:
     """Add a trainable prompt to a model and freeze everything else. Returns the same model.
 
     Args:
@@ -68,7 +68,7 @@ def attach(
     return model
 
 
-def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+def detach(model: Any, name: str | None = None) -> Any:
     """Remove one adapter, or all of them: then the model is exactly as before `attach`. Returns the model.
 
     Raises:
@@ -84,7 +84,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     return model
 
 
-def adapters_of(model: nn.Module) -> PromptAdapters:
+def adapters_of(model: Any) -> PromptAdapters:
     """Return the adapters of a model.
 
     Raises:
@@ -97,7 +97,7 @@ def adapters_of(model: nn.Module) -> PromptAdapters:
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disabled(model: Any) -> Iterator[None]:
     """Use the bare backbone inside the `with` block."""
     adapters = adapters_of(model)
     before, adapters.enabled = adapters.enabled, False
@@ -107,12 +107,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
         adapters.enabled = before
 
 
-def is_encoder_decoder(model: nn.Module) -> bool:
+def is_encoder_decoder(model: Any) -> bool:
     """Whether the model has an encoder and a decoder of its own."""
-    return bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
+    return bool(model.config.is_encoder_decoder)
 
 
-def is_decoder_only(model: nn.Module) -> bool:
+def is_decoder_only(model: Any) -> bool:
     """Whether the model reads left to right, with or without a language-modelling head."""
     if is_encoder_decoder(model):
         return False
@@ -125,7 +125,7 @@ def is_decoder_only(model: nn.Module) -> bool:
     return config in causal and (config not in masked or bool(getattr(model.config, "is_decoder", False)))
 
 
-def head_modules(model: nn.Module) -> dict[str, nn.Module]:
+def head_modules(model: Any) -> dict[str, nn.Module]:
     """Return the task head (classifier, span head) of a model, by module name; empty for language models."""
     if not type(model).__name__.endswith(TASK_HEADS):
         return {}
@@ -145,7 +145,7 @@ class PromptAdapters(nn.Module):
     The attribute names are the PEFT layout's: parameters live under `prompt_adapter.softprompt_methods`.
     """
 
-    def __init__(self, model: nn.Module, train_head: bool = True) -> None:
+    def __init__(self, model: Any, train_head: bool = True) -> None:
         super().__init__()
         self.train(model.training)
         self.softprompt_methods = nn.ModuleDict()
@@ -154,6 +154,7 @@ class PromptAdapters(nn.Module):
         self.enabled = True
         self.heads = tuple(head_modules(model)) if train_head else ()
         # Past nn.Module's bookkeeping: the embedding is the backbone's submodule, not ours.
+        self._embedding: Any
         self.__dict__["_embedding"] = model.get_input_embeddings()
         self._before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._head_before = {
@@ -173,7 +174,7 @@ class PromptAdapters(nn.Module):
     @property
     def width(self) -> int:
         """D, the width of the token embeddings."""
-        return self._embedding.weight.shape[1]  # type: ignore[attr-defined]
+        return self._embedding.weight.shape[1]
 
     def method(self, name: str | None = None) -> SoftPrompt:
         """Return an adapter, by default the active one.
@@ -192,7 +193,7 @@ class PromptAdapters(nn.Module):
         if name in self.softprompt_methods:
             raise UsageError(f"an adapter '{name}' is attached already; take another name or detach it first")
         config = config.resolved(self.width)
-        weight: Tensor = self._embedding.weight  # type: ignore[attr-defined]
+        weight: Tensor = self._embedding.weight
         method = config.build(self.width)
         if initialise:
             encode = None
@@ -220,7 +221,7 @@ class PromptAdapters(nn.Module):
             if self.configs:
                 self.activate(list(self.configs)[-1])
 
-    def hook(self, model: nn.Module) -> None:
+    def hook(self, model: Any) -> None:
         """Register the forward hooks."""
         if is_encoder_decoder(model):
             self._hook(model.get_encoder(), self._before_encoder)
@@ -236,7 +237,7 @@ class PromptAdapters(nn.Module):
         if after is not None:
             self._handles.append(module.register_forward_hook(after))
 
-    def unhook(self, model: nn.Module) -> None:
+    def unhook(self, model: Any) -> None:
         """Remove the hooks and restore what `attach` changed: trainability, and the head's weights."""
         for handle in self._handles:
             handle.remove()
@@ -399,7 +400,7 @@ def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     return bound
 
 
-def position_limit(model: nn.Module) -> int | None:
+def position_limit(model: Any) -> int | None:
     """Return the number of positions of a model with a table of them, None where positions have no end."""
     config: Any = model.config
     limit = getattr(config, "max_position_embeddings", None)

@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from softprompts.attach import SLOT, adapters_of, attach
+from softprompts.attach import SLOT, adapters_of, attach, detach
 from softprompts.core import MethodConfig
 from softprompts.errors import SoftPromptsError, UsageError
 from softprompts.registry import method_from_dict
@@ -27,7 +26,7 @@ OWN = f"{ROOT}{SLOT}.softprompt_methods."
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, name: str | None = None, about: Mapping[str, Any] | None = None
+    model: Any, folder: str | Path, name: str | None = None, about: Mapping[str, Any] | None = None
 ) -> Path:
     """Write one adapter (by default the active one) and the trained head to `folder`, atomically.
 
@@ -64,7 +63,7 @@ def save_adapter(
     return folder
 
 
-def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *, trainable: bool = True) -> nn.Module:
+def load_adapter(model: Any, folder: str | Path, name: str = "default", *, trainable: bool = True) -> Any:
     """Attach the adapter saved in `folder` and, if one was saved, put its head on the model.
 
     Raises:
@@ -72,9 +71,6 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
     """
     folder = Path(folder)
     config, entries = read_config(folder)
-    tensors = read_tensors(folder)
-    if tensors.keys() - {"prompt", "offset"} == set():
-        raise UsageError(f"{folder / WEIGHTS_FILE} holds no prompt; save the adapter again")
     width = model.get_input_embeddings().weight.shape[1]
     if entries.get("width", width) != width:
         raise UsageError(
@@ -82,23 +78,28 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
             f"this model has width {width}; load the model it was trained on"
         )
     attach(model, config, name, initialise=False)
-    adapters = adapters_of(model)
     try:
-        fill(adapters.method(name), {k: v for k, v in tensors.items() if k.startswith(("prompt.", "offset."))}, folder)
-        for head in adapters.heads:
-            fill(
-                model.get_submodule(head),
-                {k[len(head) + 1 :]: v for k, v in tensors.items() if k.startswith(head + ".")},
-                folder,
-            )
+        restore_adapter(model, folder, name)
     except UsageError:
-        from softprompts.attach import detach
-
         detach(model, name)
         raise
     if not trainable:
-        adapters.method(name).requires_grad_(False)
+        adapters_of(model).method(name).requires_grad_(False)
     return model
+
+
+def restore_adapter(model: Any, folder: str | Path, name: str | None = None) -> None:
+    """Put the weights saved in `folder` into an attached adapter of the same sizes, and into the head.
+
+    Raises:
+        UsageError: missing, damaged, or other sizes.
+    """
+    folder = Path(folder)
+    adapters, tensors = adapters_of(model), read_tensors(folder)
+    fill(adapters.method(name), {k: v for k, v in tensors.items() if k.startswith(("prompt.", "offset."))}, folder)
+    for head in adapters.heads:
+        own = {key[len(head) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{head}.")}
+        fill(model.get_submodule(head), own, folder)
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -152,10 +153,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return {key.removeprefix(OWN).removeprefix(ROOT): value for key, value in tensors.items()}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically."""
     ready = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
-    replace(path, lambda temporary: save_file(ready, temporary, metadata={"format": "pt"}))
+    replace(path, lambda temporary: save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})}))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -182,11 +183,3 @@ def replace(path: Path, write: Callable[[str], object]) -> None:
             Path(temporary).unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error)
         raise SoftPromptsError(f"cannot write {path}: {reason}; free some space or name another --out") from None
-
-
-def rng_state() -> dict[str, Tensor]:
-    """Return the random state of torch, for a bit-exact resume."""
-    state = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["rng.cuda"] = torch.cuda.get_rng_state()
-    return state

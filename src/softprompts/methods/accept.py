@@ -30,7 +30,7 @@ from torch import Tensor
 
 from softprompts.codebook import Codebook, Weighting, check_subspaces, default_subspaces, most_codewords
 from softprompts.core import MethodConfig, Part, PositionOffset, Prompt, left_for_offset
-from softprompts.init import Start, Vocabulary
+from softprompts.init import InitName, Start, Vocabulary
 from softprompts.registry import register
 
 OFFSET_GAIN = 6**0.5
@@ -133,7 +133,7 @@ class AcceptConfig(MethodConfig):
         if self.prompt_length == 0:
             return None
         sized = self.resolved(width)
-        sizes = {
+        sizes: dict[str, Any] = {
             "length": self.prompt_length,
             "width": width,
             "subspaces": sized.prompt_subspaces,
@@ -144,14 +144,14 @@ class AcceptConfig(MethodConfig):
     def offset_part(self, width: int) -> Part | None:
         if self.offset_positions == 0:
             return None
-        sizes = {
+        sizes: dict[str, Any] = {
             "positions": self.offset_positions,
             "width": width,
             "subspaces": self.offset_subspaces,
             "codewords": self.resolved(width).offset_codewords,
         }
         # Vocabulary rows and texts are starts of a prompt; an offset starts near zero.
-        name = "gaussian" if self.init == "gaussian" else "kaiming"
+        name: InitName = "gaussian" if self.init == "gaussian" else "kaiming"
         return Part(CodebookOffset, sizes, self._weighting(), Start(name, self.init_std))
 
     def _weighting(self) -> dict[str, Any]:

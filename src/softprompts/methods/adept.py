@@ -15,7 +15,7 @@ tokens of decoder-only models too, in training and decoding alike (test_engine: 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -87,5 +87,5 @@ class ADePTConfig(FreePromptSettings):
         return self.free_prompt(self.prompt_length, width)
 
     def offset_part(self, width: int) -> Part | None:
-        sizes = {"width": width, "rank": self.resolved(width).rank}
+        sizes: dict[str, Any] = {"width": width, "rank": self.resolved(width).rank}
         return Part(TokenOffset, sizes, {"dropout": self.dropout}, Start())

@@ -16,7 +16,7 @@ computed (test_engine: `test_padding_does_not_matter`). Weight decay, inert in t
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -89,5 +89,5 @@ class DePTConfig(FreePromptSettings):
     def offset_part(self, width: int) -> Part | None:
         if self.offset_positions == 0:
             return None
-        sizes = {"positions": self.offset_positions, "width": width, "rank": self.resolved(width).rank}
+        sizes: dict[str, Any] = {"positions": self.offset_positions, "width": width, "rank": self.resolved(width).rank}
         return Part(LowRankOffset, sizes, {"alpha": self.alpha}, Start())

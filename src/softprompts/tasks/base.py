@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from softprompts.errors import UsageError, suggest
@@ -61,11 +62,16 @@ class Example:
     """What belongs together in scoring: the question of a MultiRC answer, the row of a ReCoRD answer."""
 
 
+def describe_defect(task_name: str, defect: str) -> str:
+    """The note that a task reproduces a defect."""
+    return f"{task_name}: reproduces {defect}: {DEFECTS[defect]}"
+
+
 def check_protocol(protocol: str) -> Protocol:
     """Return `protocol` if it is one, else say which there are."""
     if protocol not in PROTOCOLS:
         raise UsageError(f"unknown protocol '{protocol}'{suggest(protocol, PROTOCOLS)}; use paper or clean")
-    return protocol  # type: ignore[return-value]
+    return protocol
 
 
 class Task:
@@ -92,8 +98,8 @@ class Task:
     label_names: tuple[str, ...] | None = None
     """What each class means."""
     split_rule: Rule = SMALL
-    sizes: Mapping[str, int] = {}
-    """Published number of rows of each split under the paper protocol, as far as known."""
+    sizes: tuple[int | None, int | None, int | None] = (None, None, None)
+    """Rows of train, validation and test in the papers' logs, as far as known."""
     metric_names: tuple[str, ...] = ("accuracy",)
     report_metric: str = "accuracy"
     """The headline metric."""
@@ -106,6 +112,12 @@ class Task:
     max_source_tokens: int = 256
     max_target_tokens: int | None = None
     """None: as many as the longest of `target_words` takes, and 20 for open-ended tasks."""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The label words of a task that is known to have some."""
+        assert self.label_words is not None, f"{self.name} has no label words"
+        return self.label_words
 
     # Text
 
@@ -123,14 +135,13 @@ class Task:
 
     def render(self, row: Row, protocol: Protocol) -> list[Example]:
         """Write a normalised row as text; this version is for classification."""
-        assert self.label_words is not None, f"{self.name} has no label words and must override render"
         label = self.class_of(row)
-        if not 0 <= label < len(self.label_words):
+        if not 0 <= label < len(self.words):
             raise UsageError(
-                f"{self.name} has classes 0 to {len(self.label_words) - 1}, but a row has label {label}; "
-                "use a labelled split"
+                f"{self.name}: a row has {self.label_column} {row[self.label_column]!r}, which is none of "
+                f"its {len(self.words)} classes; use a labelled split"
             )
-        target = self.label_words[label]
+        target = self.words[label]
         return [Example(self.source(row, protocol), target, (target,), label=label)]
 
     def source(self, row: Row, protocol: Protocol) -> str:
@@ -138,14 +149,24 @@ class Task:
         return self.template.format_map(row)
 
     def class_of(self, row: Row) -> int:
-        """Class index of a normalised row."""
-        return int(row[self.label_column])
+        """Class index of a normalised row; a number outside the classes if it has none."""
+        text = str(row[self.label_column]).strip()
+        return int(text) if text.isdecimal() else -1
 
     def target_words(self, protocol: Protocol) -> tuple[str, ...] | None:
         """Every target there can be, or None for open-ended tasks."""
         return self.label_words
 
     # Protocol
+
+    def read(
+        self, file: str, data_dir: Path | None = None, mirror: Path | None = None
+    ) -> tuple[Sequence[Row], str]:
+        """Read the rows of one file of the data set, and say where they come from."""
+        from softprompts.tasks.sources import read_split
+
+        assert self.hub is not None, f"{self.name} is not on the hub and must override read"
+        return read_split(self.folder, self.hub, file, data_dir, mirror)
 
     def rule(self, protocol: Protocol) -> Rule:
         """Where train, validation and test come from."""
@@ -177,7 +198,7 @@ class Task:
     def notes(self, protocol: Protocol) -> tuple[str, ...]:
         """What a user of this task should know before trusting a score."""
         if protocol == "paper":
-            return tuple(f"{self.name}: reproduces {name}: {DEFECTS[name]}" for name in self.defects(protocol))
+            return tuple(describe_defect(self.name, defect) for defect in self.defects(protocol))
         if self.rule(protocol)["validation"].take == "held out":
             return (
                 f"{self.name}: validation rows come from the training split, which the backbone may have "
@@ -230,9 +251,9 @@ class Task:
 
     # Few shots
 
-    def shot_classes(self, examples: Sequence[Example]) -> tuple[list[int], int]:
+    def shot_classes(self, examples: Sequence[Example], protocol: Protocol) -> tuple[list[int], int]:
         """Class of every example and the number of classes, for few-shot sampling."""
         if not self.has_label_table or self.label_words is None:
-            raise UsageError(f"shots is not defined for {self.name}: it has no table of classes; leave shots out")
+            raise UsageError(f"shots: {self.name} has no table of classes to draw from; leave shots out")
         labels = [example.label for example in examples if example.label is not None]
         return labels, len(self.label_words)

@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, suggest
-from .base import Hub
+from softprompts.errors import UsageError, suggest
+from softprompts.tasks.base import Hub
 
 Row = dict[str, Any]
 
@@ -118,7 +118,9 @@ def _read_jsonl(path: Path) -> list[Row]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UsageError(f"{path} line {number} is not JSON: {error}; mend or remove that line") from error
+            raise UsageError(
+                f"{path} line {number} is not JSON: {error}; mend or remove that line"
+            ) from error
         if not isinstance(row, dict):
             raise UsageError(
                 f"{path} line {number} is a {type(row).__name__}, not an object; "
@@ -216,8 +218,6 @@ def read_hub(
     with _quiet(), _one_line_errors(hub, mirror, hub_split):
         data = datasets.load_dataset(location, hub.config, split=hub_split, revision=hub.revision)
         rows = data.to_list()
-    if not rows:
-        raise UsageError(f"{_describe(hub, mirror)} split '{hub_split}' holds no rows; it needs at least one")
     names = {
         column: tuple(feature.names)
         for column, feature in data.features.items()
@@ -248,7 +248,7 @@ def _location(hub: Hub, mirror: Path | None) -> str:
         return hub.path
     folder = Path(mirror) / hub.path
     if not folder.is_dir():
-        raise UsageError(f"no data set '{hub.path}' in the mirror {mirror}: there is no folder {folder}; copy it there")
+        raise UsageError(f"no data set '{hub.path}' in the mirror {mirror}; copy it to {folder}")
     return str(folder)
 
 
@@ -310,7 +310,7 @@ def _one_line_errors(hub: Hub, mirror: Path | None, split: str | None) -> Iterat
 def _explain(error: Exception, hub: Hub, mirror: Path | None, split: str | None) -> str:
     """One line for what `datasets` raised; it has few classes, so some cases are told by their text."""
     what, text = _describe(hub, mirror), str(error)
-    listed = re.findall(r"'([^']+)'", text.rpartition("[")[2]) if "[" in text else []
+    listed = re.findall("'([^']+)'", text.partition("[")[2].partition("]")[0])
     exists = ", ".join(listed)
     if isinstance(error, ConnectionError):
         return (
@@ -318,13 +318,15 @@ def _explain(error: Exception, hub: Hub, mirror: Path | None, split: str | None)
             "connect to the network (unset HF_HUB_OFFLINE), or name a local data folder or mirror"
         )
     if text.startswith("Unknown split"):
-        hint = suggest(split or "", listed)
-        return f"{what} has no split '{split}'{hint}; it has {exists}"
+        return f"{what} has no split '{split}'{suggest(split or '', listed) or ';'} it has {exists}"
     if "BuilderConfig" in text or text.startswith("Couldn't find cache"):
-        where = "in the cache" if "cache" in text else "it has"
-        return f"data set '{hub.path}' has no config '{hub.config}'{suggest(hub.config or '', listed)}; {where}: {exists}"
-    if "Config name is missing" in text or "multiple" in text and "configurations" in text:
+        hint = suggest(hub.config or "", listed) or ";"
+        where = "there is no connection, and the cache holds" if "cache" in text else "it has"
+        return f"data set '{hub.path}' has no config '{hub.config}'{hint} {where} {exists or 'none'}"
+    if "Config name is missing" in text or "Please specify which configuration" in text:
         return f"{what} needs a config: one of {exists}; write {hub.path}:{listed[0] if listed else 'CONFIG'}"
+    if "corresponds to no data" in text:
+        return f"{what} split '{split}' holds no rows; it needs at least one"
     if text.startswith("Revision"):
         return f"{what} has no revision '{hub.revision}'; check it on the page of the data set"
     if "gated" in text:
@@ -333,8 +335,13 @@ def _explain(error: Exception, hub: Hub, mirror: Path | None, split: str | None)
         return f"no {what} on the hub, or it is private; check the name, or log in with 'hf auth login'"
     if "scripts are no longer supported" in text:
         return f"{what} is a loading script, which 'datasets' no longer runs; use a copy stored as parquet"
-    way_out = f"check the files in {Path(mirror) / hub.path}" if mirror else "check its files, or delete the cached copy"
-    return f"cannot load {what}{f' split {split!r}' if split else ''}: {_first_line(error)}; {way_out}"
+    part = f" split '{split}'" if split else ""
+    files = (
+        f"check the files in {Path(mirror) / hub.path}"
+        if mirror
+        else "check its page, or delete the cached copy"
+    )
+    return f"cannot load {what}{part}: {_first_line(error)}; {files}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -100,7 +100,8 @@ def sample_shots(
     for label, count in wanted.items():
         if available[label] < count:
             raise UsageError(
-                f"shots={k} needs {count} rows of class {label}, but there are {available[label]}; use fewer shots"
+                f"shots={k} needs {count} rows of class {label}, but there are {available[label]}; "
+                "use fewer shots"
             )
     for index in order:
         if taken[labels[index]] < wanted[labels[index]]:

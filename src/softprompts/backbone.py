@@ -1,0 +1,142 @@
+"""Load a frozen backbone with its tokenizer, in the precision the hardware is fast at."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+
+from softprompts.attach import is_encoder_decoder
+from softprompts.config import ModelSettings
+from softprompts.errors import UsageError
+
+Kind = Literal["seq2seq", "causal", "classification"]
+EMBEDDED = "t5-nano"
+
+
+@dataclass
+class Backbone:
+    """A model, its tokenizer, and how it answers."""
+
+    model: Any
+    tokenizer: Any
+    kind: Kind
+    name: str
+    dtype: torch.dtype
+
+
+def load_backbone(settings: ModelSettings, num_labels: int | None = None) -> Backbone:
+    """Load the model and tokenizer of `settings.name`.
+
+    Args:
+        settings: name, head and precision.
+        num_labels: outputs of a classification head (1 = regression); None if the task has no labels.
+
+    Raises:
+        UsageError: no such model, no files, or a model that cannot answer as asked.
+    """
+    source = embedded_path(settings.name)
+    quiet()
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, revision=settings.revision)
+        kind = answer_kind(config, settings.head)
+        if kind == "classification" and num_labels is None:
+            raise UsageError("head=classification needs a task with labels; this one has open answers")
+        if kind == "classification":
+            config.num_labels = num_labels
+            if num_labels == 1:
+                config.problem_type = "regression"
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=settings.revision)
+        dtype = precision(settings.dtype)
+        model = AUTO_CLASSES[kind].from_pretrained(source, config=config, revision=settings.revision, dtype=dtype)
+    except UsageError:
+        raise
+    except Exception as error:  # transformers raises a dozen kinds for "no such model"
+        raise UsageError(
+            f"model '{settings.name}' cannot be loaded ({first_line(error)}); name a folder, a hub id that can be "
+            f"reached, or the embedded '{EMBEDDED}'"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.requires_grad_(False)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Backbone(model, tokenizer, kind, settings.name, dtype)
+
+
+AUTO_CLASSES: dict[Kind, Any] = {
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    "causal": transformers.AutoModelForCausalLM,
+    "classification": transformers.AutoModelForSequenceClassification,
+}
+
+
+def answer_kind(config: Any, head: str) -> Kind:
+    """Decide how a model answers: by writing if it can, else through a classification head."""
+    known = transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.keys(), transformers.MODEL_FOR_CAUSAL_LM_MAPPING.keys()
+    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING.keys()  # noqa: SIM118 (a lazy mapping)
+    writes: Kind | None = None
+    if config.is_encoder_decoder and type(config) in known[0]:
+        writes = "seq2seq"
+    elif type(config) in known[1] and not masked:
+        writes = "causal"
+    if head == "language" and writes is None:
+        raise UsageError(f"head=language: a {config.model_type} model cannot write; use head=classification")
+    return "classification" if head == "classification" or writes is None else writes
+
+
+def embedded_path(name: str) -> str:
+    """Return the folder of the embedded backbone for its name, any other name unchanged."""
+    if name == EMBEDDED and not Path(name).exists():
+        return str(resources.files("softprompts") / "assets" / EMBEDDED)
+    return name
+
+
+def precision(name: str) -> torch.dtype:
+    """Return the dtype of the backbone; `auto` is bf16 where the machine multiplies it natively."""
+    if name == "auto":
+        return torch.bfloat16 if fast_bf16() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def fast_bf16() -> bool:
+    """Whether this machine has bf16 units: a CUDA device that supports it, or a CPU with AVX-512 BF16 or AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if platform.system() != "Linux":
+        return False
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text().split() if cpu.exists() else []
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def freeze_count(model: nn.Module) -> int:
+    """Return the number of parameters of the backbone."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if "prompt_adapter" not in name)
+
+
+def decoder_start(model: Any) -> int:
+    """Return the id that starts every decoded text of an encoder-decoder model."""
+    if not is_encoder_decoder(model):
+        raise UsageError("only encoder-decoder models have a decoder start token")
+    start = model.config.decoder_start_token_id
+    return model.config.pad_token_id if start is None else start
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, short enough for one line of ours."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def quiet() -> None:
+    """Keep transformers' progress bars and advice out of our output."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

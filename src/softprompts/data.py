@@ -1,0 +1,165 @@
+"""Examples to tokens to length-bucketed batches. The order of the data is a pure function of seed and epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompts.backbone import Backbone, decoder_start
+from softprompts.errors import UsageError
+from softprompts.tasks.base import Example, Task
+
+IGNORED = -100
+OPEN_TARGET_TOKENS = 20
+BUCKET = 64
+"""Batches are cut from groups of this many batches' worth of rows, sorted by length."""
+ANSWER_CUE = " Answer: "
+"""Stands between text and answer for decoder-only models, which have no other sign that the text is over."""
+
+
+@dataclass
+class Rows:
+    """Encoded examples of one split."""
+
+    examples: Sequence[Example]
+    sources: list[list[int]]
+    targets: list[list[int]]
+    classes: list[float]
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns a task's examples into tokens for one backbone."""
+
+    backbone: Backbone
+    task: Task
+    max_source: int
+    max_target: int
+    fixed: bool = False
+
+    def encode(self, examples: Sequence[Example]) -> Rows:
+        """Tokenise; texts beyond `max_source` tokens lose their end, never their target.
+
+        Raises:
+            UsageError: a target that does not fit `max_target` tokens in a task with label words.
+        """
+        if not examples:
+            return Rows(examples, [], [], [], 0)
+        tokenizer = self.backbone.tokenizer
+        causal = self.backbone.kind == "causal"
+        cue = tokenizer(ANSWER_CUE, add_special_tokens=False)["input_ids"] if causal else []
+        full = tokenizer([example.source for example in examples], add_special_tokens=not causal)["input_ids"]
+        room = self.max_source - len(cue)
+        if causal:
+            start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+            room -= len(start)
+            sources = [start + ids[:room] + cue for ids in full]
+        else:
+            sources = [ids if len(ids) <= room else cut(ids, room, tokenizer) for ids in full]
+        targets = [self.encode_target(example.target) for example in examples]
+        if self.task.label_words is None and self.backbone.kind != "classification":
+            most = self.max_target
+            targets = [ids if len(ids) <= most else [*ids[: most - 1], ids[-1]] for ids in targets]
+        longest = max(len(ids) for ids in targets)
+        if longest > self.max_target and self.backbone.kind != "classification":
+            raise UsageError(f"a target of {longest} tokens exceeds data.max_target_tokens={self.max_target}; raise it")
+        classes = [float(e.value if e.label is None and e.value is not None else e.label or 0) for e in examples]
+        return Rows(examples, sources, targets, classes, sum(len(ids) > room for ids in full))
+
+    def encode_target(self, text: str) -> list[int]:
+        """Return a target's ids with the end-of-text id."""
+        tokenizer = self.backbone.tokenizer
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+
+    def inputs(self, rows: Rows, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """Return the padded (B, T) inputs of some rows, for generation or a classification head."""
+        left = self.backbone.kind == "causal"
+        ids, mask = pad([rows.sources[i] for i in chosen], self.pad_id, left, self.max_source if self.fixed else 0)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def batch(self, rows: Rows, chosen: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+        """Return (model inputs, labels) of some rows for training.
+
+        Labels are (B, L) target ids aligned with the logits that `inputs` asks for, or (B,) classes.
+        """
+        if self.backbone.kind == "classification":
+            regression = self.backbone.model.config.num_labels == 1
+            labels = torch.tensor([rows.classes[i] for i in chosen])
+            return self.inputs(rows, chosen), labels if regression else labels.long()
+        targets = [rows.targets[i] for i in chosen]
+        if self.backbone.kind == "seq2seq":
+            inputs = self.inputs(rows, chosen)
+            start = decoder_start(self.backbone.model)
+            labels, seen = pad(targets, self.pad_id)
+            inputs["decoder_input_ids"] = torch.cat([labels.new_full((len(chosen), 1), start), labels[:, :-1]], 1)
+            return inputs, labels.masked_fill(seen == 0, IGNORED)
+        # Padded on the left, so that all targets end in the last slots and only those logits are computed.
+        whole = [rows.sources[i] + target for i, target in zip(chosen, targets, strict=True)]
+        ids, mask = pad(whole, self.pad_id, left=True, least=self.max_source + self.max_target if self.fixed else 0)
+        labels = pad(targets, IGNORED, left=True)[0]
+        return {"input_ids": ids, "attention_mask": mask, "logits_to_keep": labels.shape[1] + 1}, labels  # type: ignore[dict-item]
+
+    @property
+    def pad_id(self) -> int:
+        """The id of padding."""
+        return self.backbone.tokenizer.pad_token_id
+
+
+def make_encoder(backbone: Backbone, task: Task, settings: Any) -> Encoder:
+    """Size an encoder by the data settings and the task's own lengths."""
+    longest_word = None
+    if task.label_words:
+        sizes = Encoder(backbone, task, 0, 0)
+        longest_word = max(len(sizes.encode_target(word)) for word in task.label_words)
+    return Encoder(
+        backbone,
+        task,
+        settings.max_source_tokens or task.max_source_tokens,
+        settings.max_target_tokens or longest_word or task.max_target_tokens or OPEN_TARGET_TOKENS,
+        fixed=settings.padding == "max",
+    )
+
+
+def cut(ids: list[int], room: int, tokenizer: Any) -> list[int]:
+    """Shorten ids to `room`, keeping a closing special token (T5's end of text, BERT's [SEP])."""
+    last = ids[-1]
+    return [*ids[: room - 1], last] if last in tokenizer.all_special_ids else ids[:room]
+
+
+def pad(sequences: Sequence[Sequence[int]], fill: int, left: bool = False, least: int = 0) -> tuple[Tensor, Tensor]:
+    """Return (B, T) ids and mask, T = the longest sequence or `least`."""
+    width = max(least, max(len(s) for s in sequences))
+    ids = torch.full((len(sequences), width), fill, dtype=torch.long)
+    mask = torch.zeros((len(sequences), width), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        where = slice(width - len(sequence), width) if left else slice(0, len(sequence))
+        ids[row, where] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, where] = 1
+    return ids, mask
+
+
+def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return the batches of one epoch: every row once, rows of similar length together, order shuffled."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    batches: list[list[int]] = []
+    for start in range(0, len(order), BUCKET * batch_size):
+        group = sorted(order[start : start + BUCKET * batch_size], key=lambda row: lengths[row])
+        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    shuffled = torch.randperm(len(batches), generator=generator).tolist()
+    return [batches[i] for i in shuffled]
+
+
+def eval_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Return batches of all rows, longest first (the memory peak comes at once)."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -1,0 +1,186 @@
+"""Answers and scores: greedy generation, ranking of the label words, or a classification head."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from softprompts.backbone import Backbone, decoder_start
+from softprompts.data import IGNORED, Encoder, Rows, eval_batches, pad
+from softprompts.tasks.base import Example, Protocol, Task
+
+Scoring = Literal["rank", "generate", "head"]
+
+
+@dataclass
+class Evaluation:
+    """Predictions in the order of the examples, their scores, and how they came about."""
+
+    predictions: list[str]
+    scores: dict[str, float]
+    scoring: Scoring
+
+
+def scoring_for(backbone: Backbone, task: Task, protocol: Protocol, wanted: str) -> Scoring:
+    """Decide how a task is scored: `auto` follows the protocol, a head decides for itself."""
+    if backbone.kind == "classification":
+        return "head"
+    if task.label_words is None:
+        return "generate"
+    if wanted == "auto":
+        return "generate" if protocol == "paper" else "rank"
+    return "rank" if wanted == "rank" else "generate"
+
+
+@torch.inference_mode()
+def predict(
+    encoder: Encoder,
+    rows: Rows,
+    scoring: Scoring,
+    batch_size: int,
+    advance: Callable[[int], Any] = lambda done: None,
+    share: tuple[int, int] = (0, 1),
+) -> dict[int, str]:
+    """Return the answer to each row, by row number.
+
+    Args:
+        encoder: of the backbone that answers.
+        rows: encoded examples.
+        scoring: see `scoring_for`.
+        batch_size: rows at a time.
+        advance: told how many rows were done after each batch.
+        share: (rank, of how many processes): this process answers every n-th batch.
+    """
+    model = encoder.backbone.model
+    was_training = model.training
+    model.eval()
+    answer = {"rank": rank, "generate": generate, "head": classify}[scoring]
+    answers: dict[int, str] = {}
+    try:
+        for chosen in eval_batches([len(ids) for ids in rows.sources], batch_size)[share[0] :: share[1]]:
+            answers.update(zip(chosen, answer(encoder, rows, chosen), strict=True))
+            advance(len(chosen))
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def evaluate(
+    encoder: Encoder,
+    rows: Rows,
+    protocol: Protocol,
+    wanted: str = "auto",
+    batch_size: int = 64,
+    advance: Callable[[int], Any] = lambda done: None,
+    accelerator: Any = None,
+) -> Evaluation:
+    """Answer every row and score the answers by the task's metrics under the protocol."""
+    scoring = scoring_for(encoder.backbone, encoder.task, protocol, wanted)
+    share = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    answers = predict(encoder, rows, scoring, batch_size, advance, share)
+    if share[1] > 1:
+        from accelerate.utils import gather_object
+
+        answers = dict(gather_object(list(answers.items())))
+    predictions = [answers[i] for i in range(len(rows))]
+    scores = encoder.task.score(predictions, rows.examples, protocol, cut=encoder_cut(encoder))
+    return Evaluation(predictions, scores, scoring)
+
+
+def to_device(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Move the tensors among the inputs to the model's device."""
+    return {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
+
+def generate(encoder: Encoder, rows: Rows, chosen: Sequence[int]) -> list[str]:
+    """Generate greedily, one token beyond the longest target, so that a longer answer counts as wrong."""
+    model, tokenizer = encoder.backbone.model, encoder.backbone.tokenizer
+    inputs = to_device(encoder.inputs(rows, chosen), model)
+    out = model.generate(
+        **inputs, max_new_tokens=encoder.max_target + 1, do_sample=False, num_beams=1, pad_token_id=encoder.pad_id
+    )
+    if encoder.backbone.kind == "causal":
+        out = out[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+
+def rank(encoder: Encoder, rows: Rows, chosen: Sequence[int]) -> list[str]:
+    """Choose the label word of the highest log-likelihood, end of text included; never an invalid answer."""
+    words = encoder.task.label_words
+    assert words is not None, "scoring_for ranks only tasks with label words"
+    likelihood = rank_seq2seq if encoder.backbone.kind == "seq2seq" else rank_causal
+    scores = likelihood(encoder, rows, chosen, [encoder.encode_target(word) for word in words])
+    return [words[i] for i in scores.argmax(1).tolist()]
+
+
+def rank_seq2seq(encoder: Encoder, rows: Rows, chosen: Sequence[int], words: list[list[int]]) -> Tensor:
+    """Return (B, words) log-likelihoods; the text is encoded once for all words."""
+    model = encoder.backbone.model
+    inputs = to_device(encoder.inputs(rows, chosen), model)
+    memory = model.get_encoder()(**inputs)[0]
+    start = decoder_start(model)
+    columns = []
+    for word in words:
+        decoder_ids = torch.tensor([start, *word[:-1]], device=model.device).expand(len(chosen), -1)
+        logits = model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=memory),
+            attention_mask=inputs["attention_mask"],
+            decoder_input_ids=decoder_ids,
+            use_cache=False,
+        ).logits
+        columns.append(log_likelihood(logits, torch.tensor(word, device=model.device).expand(len(chosen), -1)))
+    return torch.stack(columns, 1)
+
+
+def rank_causal(encoder: Encoder, rows: Rows, chosen: Sequence[int], words: list[list[int]]) -> Tensor:
+    """Return (B, words) log-likelihoods, one forward pass per word."""
+    model = encoder.backbone.model
+    columns = []
+    for word in words:
+        ids, mask = pad([rows.sources[i] + word for i in chosen], encoder.pad_id, left=True)
+        inputs = to_device({"input_ids": ids, "attention_mask": mask}, model)
+        logits = model(**inputs, logits_to_keep=len(word) + 1, use_cache=False).logits[:, :-1]
+        columns.append(log_likelihood(logits, torch.tensor(word, device=model.device).expand(len(chosen), -1)))
+    return torch.stack(columns, 1)
+
+
+def log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the summed log-probability of (B, L) targets under (B, L, V) logits, ignored ones left out."""
+    logp = logits.float().log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (logp * (targets != IGNORED)).sum(1)
+
+
+def classify(encoder: Encoder, rows: Rows, chosen: Sequence[int]) -> list[str]:
+    """Answer through the head: the word of the best class, or the number of a regression."""
+    model = encoder.backbone.model
+    logits = model(**to_device(encoder.inputs(rows, chosen), model)).logits.float()
+    words = encoder.task.label_words
+    if words is None:
+        return [f"{value:.4f}" for value in logits[:, 0].tolist()]
+    return [words[i] for i in logits.argmax(1).tolist()]
+
+
+def encoder_cut(encoder: Encoder) -> Callable[[str], str]:
+    """Return what shortens a text to the longest target, as the paper protocol does with references."""
+    tokenizer = encoder.backbone.tokenizer
+
+    def cut(text: str) -> str:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: encoder.max_target - 1]
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    return cut
+
+
+def majority(task: Task, train: Sequence[Example], test: Sequence[Example], protocol: Protocol) -> dict[str, float]:
+    """Score the constant answer that is most frequent in training; for regression, the training mean."""
+    if train[0].value is not None:
+        answer = f"{sum(example.value or 0.0 for example in train) / len(train):.4f}"
+    else:
+        answer = Counter(example.target for example in train).most_common(1)[0][0]
+    return task.score([answer] * len(test), test, protocol)

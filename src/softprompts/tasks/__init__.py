@@ -1,0 +1,22 @@
+"""Tasks: data, templates, splits and scores under the papers' protocol and a clean one."""
+
+from softprompts.tasks import demo, glue, mrqa, other, superglue  # noqa: F401  (each registers its tasks)
+from softprompts.tasks.base import DEFECTS, PROTOCOLS, Example, Hub, Protocol, Task, check_protocol
+from softprompts.tasks.loading import TaskData, fingerprint, load_task
+from softprompts.tasks.registry import get_task, register, task_names
+
+__all__ = [
+    "DEFECTS",
+    "PROTOCOLS",
+    "Example",
+    "Hub",
+    "Protocol",
+    "Task",
+    "TaskData",
+    "check_protocol",
+    "fingerprint",
+    "get_task",
+    "load_task",
+    "register",
+    "task_names",
+]

@@ -1,0 +1,472 @@
+"""The training loop, read top to bottom: data, backbone, prompt, steps, best checkpoint, scores, record."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from torch import Tensor
+
+from softprompts import results
+from softprompts.attach import adapters_of, attach, disabled
+from softprompts.backbone import Backbone, freeze_count, load_backbone
+from softprompts.checkpoint import restore_adapter, save_adapter, write_tensors
+from softprompts.config import RunSettings, TrainSettings
+from softprompts.data import IGNORED, Encoder, Rows, epoch_batches, make_encoder
+from softprompts.errors import SoftPromptsError, UsageError
+from softprompts.evaluate import Evaluation, evaluate, majority, to_device
+from softprompts.tasks import TaskData, get_task, load_task
+
+EPSILON = 1e-6
+"""AdamW's epsilon in the reference code."""
+LOG_EVERY = 10
+"""Losses are looked at every so many steps: each look waits for the accelerator."""
+
+
+class Progress:
+    """What a run tells while it goes; this one keeps silent, the command line draws bars."""
+
+    def phase(self, name: str, total: int) -> None:
+        """A new phase of `total` units begins."""
+
+    def advance(self, units: int = 1, **numbers: float) -> None:
+        """Units were done; `numbers` are the latest loss, score and speed."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+
+@dataclass
+class State:
+    """How far a run is. Together with the tensors beside it, all that a resume needs."""
+
+    step: int = 0
+    best_step: int = 0
+    best_score: float = float("-inf")
+    best_scores: dict[str, float] = field(default_factory=dict)
+    stale: int = 0
+    tokens: int = 0
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+
+
+def train(
+    settings: RunSettings,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train one prompt, score it, and leave a run record in `out`. Returns the record.
+
+    Raises:
+        UsageError: settings, data or folder that cannot be used; nothing is written then.
+        SoftPromptsError: the loss is not a number, or the disk refuses.
+    """
+    progress = progress or Progress()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if resume and (out / results.RECORD).exists():
+        record = results.read_record(out)
+        if record["settings"] != settings.model_dump(mode="json"):
+            raise UsageError(f"{out} was begun with other settings; resume with --out alone, or take --overwrite")
+        if record["status"] == "done":
+            progress.note(f"{out} is finished; nothing to resume")
+            return record
+    results.check_folder(out, resume, overwrite)
+    torch.manual_seed(settings.seed)
+    task_data = load_data(settings)
+    backbone = load_backbone(settings.model, num_labels(task_data.task))
+    encoder = make_encoder(backbone, task_data.task, settings.data)
+    splits = {name: encoder.encode(getattr(task_data, name)) for name in ("train", "validation", "test")}
+    for note in (*task_data.notes, *truncation_notes(splits, encoder)):
+        progress.note(note)
+    attach(backbone.model, settings.method_config(), tokenizer=backbone.tokenizer)
+    if not trainable(backbone):
+        raise UsageError(f"method '{settings.method['name']}' trains nothing here; take a prompt method, or a head")
+
+    if overwrite and not resume:
+        results.clear_folder(out)
+    record = new_record(settings, task_data, backbone, splits)
+    if accelerator.is_main_process:
+        results.write_record(out, record)
+    run = Run(settings, out, encoder, splits, accelerator, progress)
+    try:
+        run.steps()
+    except SoftPromptsError as error:
+        results.write_record(out, {**record, "status": "failed", "error": str(error)})
+        raise
+    record = run.finish(record, task_data)
+    if accelerator.is_main_process:
+        results.write_record(out, record)
+        (out / results.STATE).unlink(missing_ok=True)
+    return record
+
+
+class Run:
+    """One training run in progress."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        out: Path,
+        encoder: Encoder,
+        splits: dict[str, Rows],
+        accelerator: Accelerator,
+        progress: Progress,
+    ) -> None:
+        self.settings, self.out, self.encoder, self.splits = settings, out, encoder, splits
+        self.accelerator, self.progress = accelerator, progress
+        self.backbone = encoder.backbone
+        self.model = accelerator.prepare(self.backbone.model)
+        self.optimizer = make_optimizer(self.backbone, settings.train)
+        self.state = State()
+        self.pending: list[Tensor] = []
+        self.epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def steps(self) -> None:
+        """Train to the last step, or until patience runs out; resume where a saved state says."""
+        plan = self.settings.train
+        self.load_state()
+        self.progress.phase("train", plan.steps)
+        self.progress.advance(self.state.step)
+        self.backbone.model.train()
+        begun = time.perf_counter()
+        while self.state.step < plan.steps:
+            self.step(plan)
+            done = self.state.step
+            evaluates = done % plan.eval_steps() == 0 or done == plan.steps
+            saves = done % (plan.save_every or plan.eval_steps()) == 0 and done < plan.steps
+            if evaluates or saves or done % LOG_EVERY == 0:
+                self.log()
+            if evaluates or saves:
+                self.state.train_seconds += time.perf_counter() - begun
+                if evaluates:
+                    self.validate()
+                if saves:
+                    self.save_state()
+                begun = time.perf_counter()
+            if plan.patience is not None and self.state.stale >= plan.patience:
+                self.progress.note(f"stopped at step {done}: {plan.patience} evaluations without a better score")
+                break
+
+    def step(self, plan: TrainSettings) -> None:
+        """One optimizer step on one batch, cut into `accumulate` pieces and shared among processes."""
+        chosen = self.batch_at(self.state.step)
+        mine = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
+        size = -(-len(mine) // plan.accumulate)
+        pieces = [mine[i : i + size] for i in range(0, len(mine), size or 1)]
+        total = self.weight(chosen)
+        loss_sum = torch.zeros((), device=self.accelerator.device)
+        for number, piece in enumerate(pieces, 1):
+            inputs, labels = self.encoder.batch(self.splits["train"], piece)
+            self.state.tokens += int(inputs["attention_mask"].sum())
+            last = number == len(pieces)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                inputs, labels = to_device(inputs, self.backbone.model), labels.to(self.accelerator.device)
+                part = summed_loss(self.model(**inputs).logits, labels, self.backbone)
+                # Divided by the whole batch, so that pieces and processes add up to the mean of the batch.
+                self.accelerator.backward(part * self.accelerator.num_processes / total)
+            loss_sum += part.detach()
+        if plan.clip:
+            torch.nn.utils.clip_grad_norm_(trainable(self.backbone), plan.clip, foreach=True)
+        factor = schedule(self.state.step, plan.steps, plan.warmup_steps())
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.pending.append(self.accelerator.reduce(loss_sum) / total)
+        self.state.step += 1
+        self.progress.advance(1)
+
+    def batch_at(self, step: int) -> list[int]:
+        """Return the rows of a step; a pure function of the seed and the step."""
+        rows, plan = self.splits["train"], self.settings.train
+        per_epoch = -(-len(rows) // plan.batch_size)
+        number, place = divmod(step, per_epoch)
+        if self.epoch[0] != number:
+            lengths = [len(ids) for ids in rows.sources]
+            self.epoch = number, epoch_batches(lengths, plan.batch_size, self.settings.seed, number)
+        return self.epoch[1][place]
+
+    def weight(self, chosen: list[int]) -> int:
+        """Return by what a batch's summed loss is divided: its target tokens, or its rows for a head."""
+        if self.backbone.kind == "classification":
+            return len(chosen)
+        return sum(len(self.splits["train"].targets[i]) for i in chosen)
+
+    def log(self) -> None:
+        """Write the losses since the last look, one line a step.
+
+        Raises:
+            SoftPromptsError: a loss is not a finite number.
+        """
+        losses = torch.stack(self.pending).tolist() if self.pending else []
+        first = self.state.step - len(losses) + 1
+        self.pending.clear()
+        for step, loss in enumerate(losses, first):
+            if loss != loss or loss in (float("inf"), float("-inf")):
+                plan = self.settings.train
+                raise SoftPromptsError(
+                    f"the loss is {loss} at step {step} (train.prompt_rate={plan.prompt_rate}, train.offset_rate="
+                    f"{plan.offset_rate}, model.dtype={self.settings.model.dtype}); lower the rates or take fp32"
+                )
+            if self.accelerator.is_main_process:
+                results.append_step(self.out, {"step": step, "loss": loss})
+        if losses:
+            self.progress.advance(0, loss=sum(losses) / len(losses))
+
+    def validate(self) -> None:
+        """Score the validation split and keep the adapter if it is the best so far."""
+        begun = time.perf_counter()
+        scores = self.evaluate("validation").scores
+        select = self.encoder.task.select_metric(self.settings.data.protocol)
+        if scores[select] > self.state.best_score:
+            self.state.best_score, self.state.best_step = scores[select], self.state.step
+            self.state.best_scores, self.state.stale = scores, 0
+            if self.accelerator.is_main_process:
+                save_adapter(self.backbone.model, self.out / results.ADAPTER, about=self.about())
+        else:
+            self.state.stale += 1
+        if self.accelerator.is_main_process:
+            results.append_step(self.out, {"step": self.state.step, "validation": scores})
+        self.state.eval_seconds += time.perf_counter() - begun
+        self.progress.advance(0, score=scores[select])
+
+    def evaluate(self, split: str, advance: Callable[[int], Any] = lambda done: None) -> Evaluation:
+        """Answer and score one split with the model as it is."""
+        plan = self.settings.eval
+        return evaluate(
+            self.encoder,
+            self.splits[split],
+            self.settings.data.protocol,
+            plan.scoring,
+            plan.batch_size,
+            advance,
+            self.accelerator,
+        )
+
+    def about(self) -> dict[str, Any]:
+        """Return what a saved adapter says of its origin, enough to use it alone."""
+        from softprompts.trained import RUN_ENTRY, run_entry
+
+        kinds = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
+        return {
+            "base_model_name_or_path": self.settings.model.name,
+            "revision": self.settings.model.revision,
+            "task_type": kinds[self.backbone.kind],
+            RUN_ENTRY: run_entry(self.settings, self.encoder.task),
+        }
+
+    def save_state(self) -> None:
+        """Write everything a resume needs into one file, atomically."""
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {"rng": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        for name, parameter in named_trainable(self.backbone):
+            tensors[f"value.{name}"] = parameter
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{key}.{name}"] = value
+        write_tensors(self.out / results.STATE, tensors, {"state": json.dumps(vars(self.state))})
+
+    def load_state(self) -> None:
+        """Go on from a saved state if there is one."""
+        path = self.out / results.STATE
+        if not path.exists():
+            results.keep_steps(self.out, 0)
+            return
+        with safe_open(path, "pt") as file:
+            self.state = State(**json.loads(file.metadata()["state"]))
+            torch.set_rng_state(file.get_tensor("rng"))
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state(file.get_tensor("rng.cuda"))
+            with torch.no_grad():
+                for name, parameter in named_trainable(self.backbone):
+                    parameter.copy_(file.get_tensor(f"value.{name}"))
+                    self.optimizer.state[parameter] = {
+                        key: file.get_tensor(f"{key}.{name}").to(parameter.device if key != "step" else "cpu")
+                        for key in ("step", "exp_avg", "exp_avg_sq")
+                    }
+        results.keep_steps(self.out, self.state.step)
+        self.progress.note(f"resumed at step {self.state.step}")
+
+    def finish(self, record: dict[str, Any], data: TaskData) -> dict[str, Any]:
+        """Score the best adapter on the test split, write the predictions, complete the record."""
+        protocol, task = self.settings.data.protocol, self.encoder.task
+        restore_adapter(self.backbone.model, self.out / results.ADAPTER)
+        begun = time.perf_counter()
+        self.progress.phase("test", len(self.splits["test"]))
+        test = self.evaluate("test", self.progress.advance)
+        baselines = {"majority": majority(task, data.train, data.test, protocol)}
+        self.state.eval_seconds += time.perf_counter() - begun
+        if self.settings.eval.untuned and self.backbone.kind != "classification":
+            self.progress.phase("untuned", len(self.splits["test"]))
+            with disabled(self.backbone.model):
+                baselines["untuned"] = self.evaluate("test", self.progress.advance).scores
+        if self.accelerator.is_main_process:
+            results.write_predictions(
+                self.out,
+                (
+                    {"source": example.source, "target": example.target, "prediction": prediction}
+                    for example, prediction in zip(data.test, test.predictions, strict=True)
+                ),
+            )
+        state = self.state
+        return {
+            **record,
+            "status": "done",
+            "steps_done": state.step,
+            "best_step": state.best_step,
+            "scores": {"validation": state.best_scores, "test": test.scores},
+            "baselines": baselines,
+            "scoring": test.scoring,
+            "cost": {
+                "seconds": round(state.train_seconds + state.eval_seconds, 2),
+                "train_seconds": round(state.train_seconds, 2),
+                "eval_seconds": round(state.eval_seconds, 2),
+                "tokens": state.tokens,
+                "tokens_per_second": round(state.tokens / max(state.train_seconds, 1e-9), 1),
+                "peak_memory_bytes": results.peak_memory(),
+                "adapter_bytes": results.folder_bytes(self.out / results.ADAPTER),
+            },
+        }
+
+
+def load_data(settings: RunSettings, splits: Sequence[str] = ("train", "validation", "test")) -> TaskData:
+    """Read the task or the user's own data, and apply the limits.
+
+    Raises:
+        UsageError: no such task or file, an empty split.
+    """
+    data = settings.data
+    shots = data.shots if "train" in splits else None
+    if data.path is not None:
+        from softprompts.tasks.own import load_own
+
+        loaded = load_own(
+            data.path,
+            data.inputs,
+            data.target,
+            data.labels,
+            protocol=data.protocol,
+            mirror=data.mirror,
+            splits=splits,
+            shots=shots,
+            shot_seed=data.shot_seed,
+        )
+    else:
+        task = get_task(str(settings.task))
+        loaded = load_task(task, data.protocol, data.folder, data.mirror, splits, shots, data.shot_seed)
+    for name in splits:
+        limit = getattr(data, f"{name}_limit")
+        if limit is not None:
+            setattr(loaded, name, getattr(loaded, name)[:limit])
+        if not getattr(loaded, name):
+            raise UsageError(f"{loaded.task.name}: the {name} split is empty; nothing can be trained or scored")
+    return loaded
+
+
+def num_labels(task: Any) -> int | None:
+    """Return the outputs a classification head needs: classes, 1 for a regression, None for open answers."""
+    if task.label_words is not None:
+        return len(task.label_words)
+    return 1 if task.report_metric in ("pearson", "spearmanr") else None
+
+
+def truncation_notes(splits: dict[str, Rows], encoder: Encoder) -> list[str]:
+    """Say how many texts were cut."""
+    return [
+        f"{rows.truncated} of {len(rows)} {name} texts were cut to {encoder.max_source} tokens "
+        f"(data.max_source_tokens)"
+        for name, rows in splits.items()
+        if rows.truncated
+    ]
+
+
+def new_record(
+    settings: RunSettings, data: TaskData, backbone: Backbone, splits: dict[str, Rows]
+) -> dict[str, Any]:
+    """Return the part of the run record that is known before the first step."""
+    adapters = adapters_of(backbone.model)
+    config = adapters.configs["default"]
+    count = config.num_trainable(adapters.width)
+    return {
+        "schema": results.SCHEMA,
+        "status": "running",
+        "method": config.name,
+        "task": data.task.name,
+        "task_version": data.task.version,
+        "protocol": data.protocol,
+        "metric": {"report": data.task.report_metric, "select": data.task.select_metric(data.protocol)},
+        "model": backbone.name,
+        "seed": settings.seed,
+        "num_trainable": count,
+        "num_trainable_head": sum(p.numel() for p in trainable(backbone)) - count,
+        "num_backbone": freeze_count(backbone.model),
+        "settings": settings.model_dump(mode="json"),
+        "method_resolved": config.to_dict(),
+        "data": {
+            "sizes": {name: len(rows) for name, rows in splits.items()},
+            "truncated": {name: rows.truncated for name, rows in splits.items()},
+            "provenance": data.provenance,
+            "defects": list(data.task.defects(data.protocol)),
+            "notes": list(data.notes),
+        },
+        "environment": results.environment(
+            str(backbone.model.device), str(backbone.dtype).removeprefix("torch.")
+        ),
+    }
+
+
+def trainable(backbone: Backbone) -> list[torch.nn.Parameter]:
+    """Return everything that trains: the active prompt and the head."""
+    return [parameter for _, parameter in named_trainable(backbone)]
+
+
+def named_trainable(backbone: Backbone) -> list[tuple[str, torch.nn.Parameter]]:
+    """Return everything that trains, by name."""
+    return [(name, p) for name, p in backbone.model.named_parameters() if p.requires_grad]
+
+
+def make_optimizer(backbone: Backbone, plan: TrainSettings) -> torch.optim.AdamW:
+    """Return AdamW with one learning rate for the prompt, one for the offset, one for a head."""
+    rates = {"prompt": plan.prompt_rate, "offset": plan.offset_rate}
+    adapters = adapters_of(backbone.model)
+    groups = [
+        {"params": parameters, "peak": rates[name], "name": name}
+        for name, parameters in adapters.method().groups().items()
+    ]
+    head = [p for name in adapters.heads for p in backbone.model.get_submodule(name).parameters()]
+    if head:
+        groups.append({"params": head, "peak": plan.head_rate, "name": "head"})
+    return torch.optim.AdamW(groups, lr=0.0, eps=EPSILON, weight_decay=plan.weight_decay)
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Return the factor on every rate: linear up over `warmup` steps, then linear down to 0 at `steps`."""
+    if step < warmup:
+        return step / warmup
+    return max(0.0, (steps - step) / max(1, steps - warmup))
+
+
+def summed_loss(logits: Tensor, labels: Tensor, backbone: Backbone) -> Tensor:
+    """Return the summed loss of a batch: cross-entropy over target tokens or classes, or squared error."""
+    if backbone.kind == "classification":
+        if labels.is_floating_point():
+            return torch.nn.functional.mse_loss(logits.float().squeeze(-1), labels, reduction="sum")
+        return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    if backbone.kind == "causal":
+        logits = logits[:, :-1]
+    seen = labels != IGNORED
+    return torch.nn.functional.cross_entropy(logits[seen].float(), labels[seen], reduction="sum")
