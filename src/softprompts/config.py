@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,4 +201,7 @@ def insert(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(branch, dict):
             raise UsageError(f"'{key}' cannot be set: '{parent}' is {branch!r}, not a table")
         tree = branch
-    tree[leaf] = {**tree[leaf], "name": value} if leaf == "method" and isinstance(tree.get(leaf), Mapping) else value
+    if leaf == "method" and isinstance(value, str):
+        # `--method` names it; settings of a method given elsewhere stay.
+        value = {**(tree.get(leaf) or {}), "name": value}
+    tree[leaf] = value

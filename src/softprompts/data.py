@@ -16,7 +16,7 @@ from softprompts.tasks.base import Example, Task
 IGNORED = -100
 OPEN_TARGET_TOKENS = 20
 BUCKET = 64
-"""Batches are cut from groups of this many batches' worth of rows, sorted by length."""
+"""Batches are cut from groups of at most this many batches' worth of rows, sorted by length."""
 ANSWER_CUE = " Answer: "
 """Stands between text and answer for decoder-only models, which have no other sign that the text is over."""
 
@@ -151,9 +151,11 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
     """Return the batches of one epoch: every row once, rows of similar length together, order shuffled."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(lengths), generator=generator).tolist()
+    # Never more than a quarter of the rows in a group, or small data would make the same batches every epoch.
+    size = batch_size * max(1, min(BUCKET, len(order) // batch_size // 4))
     batches: list[list[int]] = []
-    for start in range(0, len(order), BUCKET * batch_size):
-        group = sorted(order[start : start + BUCKET * batch_size], key=lambda row: lengths[row])
+    for start in range(0, len(order), size):
+        group = sorted(order[start : start + size], key=lambda row: lengths[row])
         batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
     shuffled = torch.randperm(len(batches), generator=generator).tolist()
     return [batches[i] for i in shuffled]

@@ -15,6 +15,7 @@ import pytest
 from hub_mirror import write_mirror
 
 from softprompts.errors import UsageError
+from softprompts.tasks import load_task
 from softprompts.tasks.base import Hub
 from softprompts.tasks.sources import find_table, hub_splits, read_hub, read_split, read_table
 
@@ -111,12 +112,6 @@ def test_long_fields_do_not_meet_the_limit_of_the_csv_module(tmp_path: Path) -> 
     assert len(read_table(path)[0]["text"]) == 200_000
 
 
-def test_parquet_below_a_folder_with_an_equals_sign(tmp_path: Path) -> None:
-    folder = tmp_path / "split=train"
-    folder.mkdir()
-    assert read_table(write_rows(folder / "d.parquet", ROWS)) == ROWS
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -178,7 +173,7 @@ def test_local_folder_comes_before_the_mirror(tmp_path: Path, mirror: Path) -> N
     folder = tmp_path / "data" / "rte"
     folder.mkdir(parents=True)
     path = write_rows(folder / "train.jsonl.gz", ROWS)
-    assert read_split("rte", GLUE_RTE, "train", tmp_path / "data", mirror) == (ROWS, f"local:{path}")
+    assert read_split("rte", GLUE_RTE, "train", tmp_path / "data", mirror) == (ROWS, f"local:rte/{path.name}")
     # A task is not put together from two sources.
     assert fails(read_split, "rte", GLUE_RTE, "validation", tmp_path / "data", mirror) == (
         f"no 'validation' split in {folder}, which holds train.jsonl.gz; "
@@ -191,6 +186,19 @@ def test_mirror_is_read_in_the_hubs_format(tmp_path: Path, mirror: Path) -> None
     assert rows == [dict(zip(RTE, values, strict=True)) for values in zip(*RTE.values(), strict=True)]
     assert [type(row["label"]) for row in rows] == [int, int]
     assert provenance == f"mirror:{mirror / 'nyu/glue'}"
+
+
+def test_a_task_is_the_same_from_files_and_from_a_mirror(tmp_path: Path) -> None:
+    columns = {"sentence1": list("abcdef"), "sentence2": list("uvwxyz"), "label": [0, 1, 0, 1, 1, 0]}
+    write_mirror(tmp_path / "mirror", "nyu-mll/glue", {"rte": {"train": columns, "validation": columns}})
+    (tmp_path / "data/rte").mkdir(parents=True)
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / f"data/rte/{split}.jsonl.gz", rows)
+    local = load_task("glue/rte", data_dir=tmp_path / "data")
+    mirrored = load_task("glue/rte", data_dir=tmp_path / "none", mirror=tmp_path / "mirror")
+    assert len(local.train) == 6 and local.train == mirrored.train
+    assert [local.validation, local.test] == [mirrored.validation, mirrored.test]
 
 
 def test_names_of_splits_and_classes(mirror: Path) -> None:
@@ -288,9 +296,7 @@ def test_cached_copy_of_another_revision_is_refused(tmp_path: Path, mirror: Path
     )
 
 
-def test_a_folder_of_the_same_name_does_not_stand_in_for_the_hub(
-    mirror: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_the_same_name_does_not_stand_in_for_the_hub(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(mirror)
     assert fails(read_split, "rte", GLUE_RTE, "train") == (
         "the folder nyu/glue here hides the hub data set of that name; run from another folder"

@@ -52,8 +52,7 @@ def require_column(rows: Rows, column: str, setting: str, where: str) -> None:
     columns = column_names(rows)
     if column not in columns:
         raise UsageError(
-            f"--{setting}: no column '{column}' in {where}{suggest(column, columns) or ';'} "
-            f"it has {', '.join(columns)}"
+            f"--{setting}: no column '{column}' in {where}{suggest(column, columns) or ';'} it has {', '.join(columns)}"
         )
 
 
@@ -86,9 +85,7 @@ def parse_labels(text: str) -> dict[str, str]:
     for part in text.split(","):
         raw, _, word = (piece.strip() for piece in part.partition("="))
         if not (raw and word):
-            raise UsageError(
-                f"--labels: '{part.strip()}' is not VALUE=WORD; write it like 0=negative,1=positive"
-            )
+            raise UsageError(f"--labels: '{part.strip()}' is not VALUE=WORD; write it like 0=negative,1=positive")
         if raw in labels:
             raise UsageError(f"--labels: value '{raw}' has two words, '{labels[raw]}' and '{word}'; keep one")
         labels[raw] = word
@@ -133,9 +130,7 @@ def guess_target(rows: Rows, taken: Sequence[str], where: str) -> tuple[str, str
     for column in reversed(columns):
         if not _is_id(column) and _has_few_values(column_texts(rows, column)):
             return column, note.format(column)
-    raise UsageError(
-        f"cannot tell which column of {where} is the target; set --target to one of {', '.join(columns)}"
-    )
+    raise UsageError(f"cannot tell which column of {where} is the target; set --target to one of {', '.join(columns)}")
 
 
 def guess_inputs(rows: Rows, target: str, where: str) -> tuple[tuple[str, ...], str]:
@@ -147,9 +142,7 @@ def guess_inputs(rows: Rows, target: str, where: str) -> tuple[tuple[str, ...], 
     )  # fmt: skip
     if not inputs:
         listed = ", ".join(others) or "none besides the target"
-        raise UsageError(
-            f"cannot tell which columns of {where} are the inputs; set --input to some of: {listed}"
-        )
+        raise UsageError(f"cannot tell which columns of {where} are the inputs; set --input to some of: {listed}")
     left_out = _quoted(column for column in others if column not in inputs)
     note = f"input column{'s' if len(inputs) > 1 else ''}: {_quoted(inputs)} (guessed; set --input to change)"
     return inputs, note + (f"; left out: {left_out}" if left_out else "")

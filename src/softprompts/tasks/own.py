@@ -114,13 +114,11 @@ class OwnTask(Task):
         if self.kind != "number":
             return super().measure(answers, examples, protocol, cut)
         references = [float(example.target) for example in examples]
+        low, high = min(references), max(references)
         # An answer that is no number counts as the farther end of the scale.
-        ends = (min(references), max(references))
+        farther = [low if value - low > high - value else high for value in references]
         numbers = [measures.parse_number(answer) for answer in answers]
-        values = [
-            max(ends, key=lambda end, value=value: abs(end - value)) if number is None else number
-            for number, value in zip(numbers, references, strict=True)
-        ]
+        values = [end if number is None else number for number, end in zip(numbers, farther, strict=True)]
         return {
             "pearson": measures.pearson(values, references),
             "spearmanr": measures.spearman(values, references),
@@ -161,8 +159,7 @@ def load_own(
     for split, rows in found.rows.items():
         _check_targets(task, rows, found.place(split))
     _set_aside(found)
-    if task.kind == "classes":
-        _require_two_classes(found.rows["train"], target, found.place("train"))
+    _check_classes(task, found)
 
     def read(split: str) -> tuple[Sequence[Row], str]:
         return found.rows[split], found.origins[split]
@@ -185,9 +182,7 @@ def texts_to_examples(
         if isinstance(text, str) and isinstance(task, OwnTask):
             if len(task.inputs) > 1:
                 columns = ", ".join(f'"{column}": ...' for column in task.inputs)
-                raise UsageError(
-                    f"text {number}: {task.name} reads {len(task.inputs)} columns; give {{{columns}}}"
-                )
+                raise UsageError(f"text {number}: {task.name} reads {len(task.inputs)} columns; give {{{columns}}}")
             text = {task.inputs[0]: text}
         source = text if isinstance(text, str) else _source(task, text, number, protocol)
         if not source.strip():
@@ -216,9 +211,7 @@ def _source(task: Task, row: Mapping[str, Any], number: int, protocol: Protocol)
 # ---------------------------------------------------------------------------------------- columns
 
 
-def _choose_columns(
-    found: _Found, inputs: Sequence[str] | None, target: str | None
-) -> tuple[tuple[str, ...], str]:
+def _choose_columns(found: _Found, inputs: Sequence[str] | None, target: str | None) -> tuple[tuple[str, ...], str]:
     rows, where = found.rows["train"], found.place("train")
     listed = inputs.split(",") if isinstance(inputs, str) else inputs or ()
     given = [column.strip() for column in listed]
@@ -249,11 +242,7 @@ def _make_task(
         _require_two_classes(rows, target, found.place("train"))
         labels = guess_labels(rows, target, names)
         found.notes.append(f"label words: {show_labels(labels)} (guessed; set --labels to change)")
-    task = OwnTask(f"own/{found.name}", inputs, target, kind, labels)
-    unused = sorted(set(task.labels) - set(column_texts(rows, target)))
-    if unused:
-        found.notes.append(f"no training row has the label {' or '.join(unused)}; check --labels")
-    return task
+    return OwnTask(f"own/{found.name}", inputs, target, kind, labels)
 
 
 def _check_targets(task: OwnTask, rows: Rows, where: str) -> None:
@@ -274,6 +263,18 @@ def _check_targets(task: OwnTask, rows: Rows, where: str) -> None:
             f"row {number} of {where} has {task.target} '{text}', which is not in the label words "
             f"{show_labels(task.labels)}{more}; add it to --labels or mend the row"
         )
+
+
+def _check_classes(task: OwnTask, found: _Found) -> None:
+    """Say which classes the final training rows lack; one class alone is an error."""
+    if task.kind != "classes":
+        return
+    rows = found.rows["train"]
+    _require_two_classes(rows, task.target, found.place("train"))
+    present = set(column_texts(rows, task.target))
+    absent = [raw for raw in task.labels if raw not in present]
+    if absent:
+        found.notes.append(f"no training row has the label {' or '.join(absent)}; the model cannot learn it")
 
 
 def _require_two_classes(rows: Rows, target: str, where: str) -> None:
@@ -325,9 +326,7 @@ def _read(data: str, mirror: Path | None) -> _Found:
             f"no file or folder {data}{suggest(path.name, siblings) or ';'} "
             f"for the hub data set of that name write hub:{data}"
         )
-    raise UsageError(
-        f"no file or folder {data}; check the path, or name a hub data set as org/name or org/name:config"
-    )
+    raise UsageError(f"no file or folder {data}; check the path, or name a hub data set as org/name or org/name:config")
 
 
 def _read_folder(data: str, folder: Path) -> _Found:
@@ -403,7 +402,6 @@ def _repeats(data: TaskData) -> list[str]:
         again = sum(example.source in seen for example in examples)
         if again:
             notes.append(
-                f"{again} of {len(examples)} {split} rows have an input that train has too; "
-                "scores may be too good"
+                f"{again} of {len(examples)} {split} rows have an input that train has too; scores may be too good"
             )
     return notes

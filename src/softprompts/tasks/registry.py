@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TypeVar
 
 from softprompts.errors import UsageError, suggest
@@ -34,7 +35,8 @@ def get_task(name: str) -> Task:
         return _TASKS[matches[0]]()
     if matches:
         raise UsageError(f"task '{name}' can be {' or '.join(matches)}; use the full name")
-    # A short name is compared with short names, or the family alone would decide what looks close.
-    short = {full.split("/")[-1]: full for full in _TASKS}
-    close = suggest(name, _TASKS) or suggest(name.split("/")[-1], short)
-    raise UsageError(f"unknown task '{name}'{close or ';'} 'softprompts list' shows all")
+    # Only the last parts are compared, or the family would decide what looks close.
+    full_names = {full.split("/")[-1]: full for full in _TASKS}
+    close = get_close_matches(name.split("/")[-1], full_names, n=1)
+    hint = suggest(full_names[close[0]], _TASKS) if close else ";"
+    raise UsageError(f"unknown task '{name}'{hint} 'softprompts list' shows all")

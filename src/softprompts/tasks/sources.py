@@ -46,7 +46,7 @@ def read_split(
                 f"no '{split}' split in {folder}, which holds {', '.join(tables) or 'no data files'}; "
                 f"add {split}.jsonl.gz there, or choose another data folder"
             )
-        return read_table(path), f"local:{path}"
+        return read_table(path), f"local:{folder_name}/{path.name}"
     rows, provenance, _ = read_hub(hub, split, mirror)
     return rows, provenance
 
@@ -118,9 +118,7 @@ def _read_jsonl(path: Path) -> list[Row]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UsageError(
-                f"{path} line {number} is not JSON: {error}; mend or remove that line"
-            ) from error
+            raise UsageError(f"{path} line {number} is not JSON: {error}; mend or remove that line") from error
         if not isinstance(row, dict):
             raise UsageError(
                 f"{path} line {number} is a {type(row).__name__}, not an object; "
@@ -192,8 +190,7 @@ def _read_parquet(path: Path) -> list[Row]:
     from pyarrow import parquet
 
     try:
-        # Not read_table(): it would take a folder called split=train above the file for a column.
-        rows: list[Row] = parquet.ParquetFile(path).read().to_pylist()
+        rows: list[Row] = parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
         raise UsageError(
             f"{path} is a damaged parquet file ({_first_line(error)}); copy or download it again"
@@ -204,9 +201,7 @@ def _read_parquet(path: Path) -> list[Row]:
 # ---------------------------------------------------------------------------------------- hub
 
 
-def read_hub(
-    hub: Hub, split: str, mirror: Path | None = None
-) -> tuple[list[Row], str, dict[str, tuple[str, ...]]]:
+def read_hub(hub: Hub, split: str, mirror: Path | None = None) -> tuple[list[Row], str, dict[str, tuple[str, ...]]]:
     """Read one split of a hub data set, or of its copy under `mirror`.
 
     Returns the rows, where they came from, and the class names of each column of class labels.
@@ -242,9 +237,7 @@ def _location(hub: Hub, mirror: Path | None) -> str:
     if mirror is None:
         if Path(hub.path).is_dir():
             # `datasets` prefers a folder of that name to the hub, without a word.
-            raise UsageError(
-                f"the folder {hub.path} here hides the hub data set of that name; run from another folder"
-            )
+            raise UsageError(f"the folder {hub.path} here hides the hub data set of that name; run from another folder")
         return hub.path
     folder = Path(mirror) / hub.path
     if not folder.is_dir():
@@ -336,11 +329,7 @@ def _explain(error: Exception, hub: Hub, mirror: Path | None, split: str | None)
     if "scripts are no longer supported" in text:
         return f"{what} is a loading script, which 'datasets' no longer runs; use a copy stored as parquet"
     part = f" split '{split}'" if split else ""
-    files = (
-        f"check the files in {Path(mirror) / hub.path}"
-        if mirror
-        else "check its page, or delete the cached copy"
-    )
+    files = f"check the files in {Path(mirror) / hub.path}" if mirror else "check its page, or delete the cached copy"
     return f"cannot load {what}{part}: {_first_line(error)}; {files}"
 
 
