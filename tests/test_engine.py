@@ -8,7 +8,6 @@ from tiny import MODELS, NAMES, SHAPES, WRITERS, build, config_of, forward, padd
 from torch import Tensor
 from torch.testing import assert_close
 
-
 from softprompts.attach import adapters_of, attach, detach, disabled
 from softprompts.errors import UsageError
 

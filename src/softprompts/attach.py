@@ -306,9 +306,7 @@ class PromptAdapters(nn.Module):
         embeds = self._embedding(ids) if embeds is None else embeds
         new = embeds.shape[1]
         if mask is None:
-            refuse(
-                past == 0 and restarts(kwargs.get("position_ids")), "packed position_ids", "pass one text per row"
-            )
+            refuse(past == 0 and restarts(kwargs.get("position_ids")), "packed position_ids", "pass one text per row")
             mask = ones_for(embeds, new + max(past - method.length, 0))
         check_mask(mask)
         at = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -new:]

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import nn
 
 from softprompts.attach import is_encoder_decoder
 from softprompts.config import ModelSettings
@@ -115,11 +114,6 @@ def fast_bf16() -> bool:
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text().split() if cpu.exists() else []
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def freeze_count(model: nn.Module) -> int:
-    """Return the number of parameters of the backbone."""
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if "prompt_adapter" not in name)
 
 
 def decoder_start(model: Any) -> int:

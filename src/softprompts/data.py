@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from softprompts.backbone import Backbone, decoder_start
+from softprompts.config import RunSettings
 from softprompts.errors import UsageError
-from softprompts.tasks.base import Example, Task
+from softprompts.tasks import Example, Task, TaskData, get_task, load_task
 
 IGNORED = -100
 OPEN_TARGET_TOKENS = 20
@@ -117,9 +118,10 @@ class Encoder:
 def make_encoder(backbone: Backbone, task: Task, settings: Any) -> Encoder:
     """Size an encoder by the data settings and the task's own lengths."""
     longest_word = None
-    if task.label_words:
+    words = task.target_words(settings.protocol)
+    if words:
         sizes = Encoder(backbone, task, 0, 0)
-        longest_word = max(len(sizes.encode_target(word)) for word in task.label_words)
+        longest_word = max(len(sizes.encode_target(word)) for word in words)
     return Encoder(
         backbone,
         task,
@@ -127,6 +129,56 @@ def make_encoder(backbone: Backbone, task: Task, settings: Any) -> Encoder:
         settings.max_target_tokens or longest_word or task.max_target_tokens or OPEN_TARGET_TOKENS,
         fixed=settings.padding == "max",
     )
+
+
+def load_data(settings: RunSettings, splits: Sequence[str] = ("train", "validation", "test")) -> TaskData:
+    """Read the task or the user's own data, and apply the limits.
+
+    Raises:
+        UsageError: no such task or file, an empty split.
+    """
+    data = settings.data
+    shots = data.shots if "train" in splits else None
+    if data.path is not None:
+        from softprompts.tasks.own import load_own
+
+        loaded = load_own(
+            data.path,
+            data.inputs,
+            data.target,
+            data.labels,
+            protocol=data.protocol,
+            mirror=data.mirror,
+            splits=splits,
+            shots=shots,
+            shot_seed=data.shot_seed,
+        )
+    else:
+        task = get_task(str(settings.task))
+        loaded = load_task(task, data.protocol, data.folder, data.mirror, splits, shots, data.shot_seed)
+    for name in splits:
+        limit = getattr(data, f"{name}_limit")
+        if limit is not None:
+            setattr(loaded, name, getattr(loaded, name)[:limit])
+        if not getattr(loaded, name):
+            raise UsageError(f"{loaded.task.name}: the {name} split is empty; nothing can be trained or scored")
+    return loaded
+
+
+def num_labels(task: Any) -> int | None:
+    """Return the outputs a classification head needs: classes, 1 for a regression, None for open answers."""
+    if task.label_words is not None:
+        return len(task.label_words)
+    return 1 if task.report_metric in ("pearson", "spearmanr") else None
+
+
+def truncation_notes(splits: dict[str, Rows], encoder: Encoder) -> list[str]:
+    """Say how many texts were cut."""
+    return [
+        f"{rows.truncated} of {len(rows)} {name} texts were cut to {encoder.max_source} tokens (data.max_source_tokens)"
+        for name, rows in splits.items()
+        if rows.truncated
+    ]
 
 
 def cut(ids: list[int], room: int, tokenizer: Any) -> list[int]:

@@ -46,7 +46,8 @@ class BarProgress(Progress):
         self.current = self.bars.add_task(f"{self.label} {name}".strip(), total=total)
 
     def advance(self, units: int = 1, **numbers: float) -> None:
-        self.bars.update(self.current, advance=units, **numbers)
+        fields: dict[str, Any] = numbers
+        self.bars.update(self.current, advance=units, **fields)
 
     def note(self, text: str) -> None:
         say(self.console, text)

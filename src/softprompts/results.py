@@ -6,12 +6,18 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softprompts.errors import UsageError
+
+if TYPE_CHECKING:
+    from softprompts.backbone import Backbone
+    from softprompts.config import RunSettings
+    from softprompts.data import Rows
+    from softprompts.tasks import TaskData
 
 SCHEMA = 1
 RECORD = "run.json"
@@ -100,6 +106,41 @@ def keep_steps(folder: Path, last: int) -> None:
             except ValueError:
                 break  # a line cut short by the kill
         write_text(path, "".join(kept))
+
+
+def new_record(
+    settings: RunSettings, data: TaskData, backbone: Backbone, splits: Mapping[str, Rows], trained: Sequence[Any]
+) -> dict[str, Any]:
+    """Return the part of the run record that is known before the first step."""
+    from softprompts.attach import SLOT, adapters_of
+
+    adapters = adapters_of(backbone.model)
+    config = adapters.configs["default"]
+    count = config.num_trainable(adapters.width)
+    return {
+        "schema": SCHEMA,
+        "status": "running",
+        "method": config.name,
+        "task": data.task.name,
+        "task_version": data.task.version,
+        "protocol": data.protocol,
+        "metric": {"report": data.task.report_metric, "select": data.task.select_metric(data.protocol)},
+        "model": backbone.name,
+        "seed": settings.seed,
+        "num_trainable": count,
+        "num_trainable_head": sum(parameter.numel() for _, parameter in trained) - count,
+        "num_backbone": sum(p.numel() for name, p in backbone.model.named_parameters() if SLOT not in name),
+        "settings": settings.model_dump(mode="json"),
+        "method_resolved": config.to_dict(),
+        "data": {
+            "sizes": {name: len(rows) for name, rows in splits.items()},
+            "truncated": {name: rows.truncated for name, rows in splits.items()},
+            "provenance": data.provenance,
+            "defects": list(data.task.defects(data.protocol)),
+            "notes": list(data.notes),
+        },
+        "environment": environment(str(backbone.model.device), str(backbone.dtype).removeprefix("torch.")),
+    }
 
 
 def environment(device: str, dtype: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +17,23 @@ from torch import Tensor
 
 from softprompts import results
 from softprompts.attach import adapters_of, attach, disabled
-from softprompts.backbone import Backbone, freeze_count, load_backbone
+from softprompts.backbone import Backbone, load_backbone
 from softprompts.checkpoint import restore_adapter, save_adapter, write_tensors
 from softprompts.config import RunSettings, TrainSettings
-from softprompts.data import IGNORED, Encoder, Rows, epoch_batches, make_encoder
+from softprompts.data import (
+    IGNORED,
+    Encoder,
+    Rows,
+    epoch_batches,
+    load_data,
+    make_encoder,
+    num_labels,
+    truncation_notes,
+)
 from softprompts.errors import SoftPromptsError, UsageError
 from softprompts.evaluate import Evaluation, evaluate, majority, to_device
-from softprompts.tasks import TaskData, get_task, load_task
+from softprompts.tasks import TaskData
+from softprompts.trained import RUN_ENTRY, run_entry
 
 EPSILON = 1e-6
 """AdamW's epsilon in the reference code."""
@@ -95,7 +105,7 @@ def train(
 
     if overwrite and not resume:
         results.clear_folder(out)
-    record = new_record(settings, task_data, backbone, splits)
+    record = results.new_record(settings, task_data, backbone, splits, named_trainable(backbone))
     if accelerator.is_main_process:
         results.write_record(out, record)
     run = Run(settings, out, encoder, splits, accelerator, progress)
@@ -256,8 +266,6 @@ class Run:
 
     def about(self) -> dict[str, Any]:
         """Return what a saved adapter says of its origin, enough to use it alone."""
-        from softprompts.trained import RUN_ENTRY, run_entry
-
         kinds = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
         return {
             "base_model_name_or_path": self.settings.model.name,
@@ -341,92 +349,6 @@ class Run:
                 "adapter_bytes": results.folder_bytes(self.out / results.ADAPTER),
             },
         }
-
-
-def load_data(settings: RunSettings, splits: Sequence[str] = ("train", "validation", "test")) -> TaskData:
-    """Read the task or the user's own data, and apply the limits.
-
-    Raises:
-        UsageError: no such task or file, an empty split.
-    """
-    data = settings.data
-    shots = data.shots if "train" in splits else None
-    if data.path is not None:
-        from softprompts.tasks.own import load_own
-
-        loaded = load_own(
-            data.path,
-            data.inputs,
-            data.target,
-            data.labels,
-            protocol=data.protocol,
-            mirror=data.mirror,
-            splits=splits,
-            shots=shots,
-            shot_seed=data.shot_seed,
-        )
-    else:
-        task = get_task(str(settings.task))
-        loaded = load_task(task, data.protocol, data.folder, data.mirror, splits, shots, data.shot_seed)
-    for name in splits:
-        limit = getattr(data, f"{name}_limit")
-        if limit is not None:
-            setattr(loaded, name, getattr(loaded, name)[:limit])
-        if not getattr(loaded, name):
-            raise UsageError(f"{loaded.task.name}: the {name} split is empty; nothing can be trained or scored")
-    return loaded
-
-
-def num_labels(task: Any) -> int | None:
-    """Return the outputs a classification head needs: classes, 1 for a regression, None for open answers."""
-    if task.label_words is not None:
-        return len(task.label_words)
-    return 1 if task.report_metric in ("pearson", "spearmanr") else None
-
-
-def truncation_notes(splits: dict[str, Rows], encoder: Encoder) -> list[str]:
-    """Say how many texts were cut."""
-    return [
-        f"{rows.truncated} of {len(rows)} {name} texts were cut to {encoder.max_source} tokens "
-        f"(data.max_source_tokens)"
-        for name, rows in splits.items()
-        if rows.truncated
-    ]
-
-
-def new_record(
-    settings: RunSettings, data: TaskData, backbone: Backbone, splits: dict[str, Rows]
-) -> dict[str, Any]:
-    """Return the part of the run record that is known before the first step."""
-    adapters = adapters_of(backbone.model)
-    config = adapters.configs["default"]
-    count = config.num_trainable(adapters.width)
-    return {
-        "schema": results.SCHEMA,
-        "status": "running",
-        "method": config.name,
-        "task": data.task.name,
-        "task_version": data.task.version,
-        "protocol": data.protocol,
-        "metric": {"report": data.task.report_metric, "select": data.task.select_metric(data.protocol)},
-        "model": backbone.name,
-        "seed": settings.seed,
-        "num_trainable": count,
-        "num_trainable_head": sum(p.numel() for p in trainable(backbone)) - count,
-        "num_backbone": freeze_count(backbone.model),
-        "settings": settings.model_dump(mode="json"),
-        "method_resolved": config.to_dict(),
-        "data": {
-            "sizes": {name: len(rows) for name, rows in splits.items()},
-            "truncated": {name: rows.truncated for name, rows in splits.items()},
-            "provenance": data.provenance,
-            "defects": list(data.task.defects(data.protocol)),
-            "notes": list(data.notes),
-        },
-        "environment": results.environment(
-            str(backbone.model.device), str(backbone.dtype).removeprefix("torch.")
-        ),
-    }
 
 
 def trainable(backbone: Backbone) -> list[torch.nn.Parameter]:

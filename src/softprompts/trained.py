@@ -11,12 +11,11 @@ from softprompts import results
 from softprompts.backbone import load_backbone
 from softprompts.checkpoint import load_adapter, read_config
 from softprompts.config import DataSettings, ModelSettings, RunSettings, insert
-from softprompts.data import Encoder, make_encoder
+from softprompts.data import Encoder, load_data, make_encoder, num_labels
 from softprompts.errors import UsageError
 from softprompts.evaluate import Evaluation, evaluate, predict, scoring_for
 from softprompts.tasks import Task, check_protocol, get_task
 from softprompts.tasks.own import OwnTask, texts_to_examples
-from softprompts.train import load_data, num_labels
 
 RUN_ENTRY = "softprompts_run"
 """Entry of `adapter_config.json` that says how the adapter was trained, so that it can be used alone."""
