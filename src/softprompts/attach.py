@@ -223,14 +223,14 @@ class PromptAdapters(nn.Module):
 
     def hook(self, model: Any) -> None:
         """Register the forward hooks."""
+        for head in self.heads:
+            self._handles.append(model.get_submodule(head).register_forward_pre_hook(to_own_dtype))
         if is_encoder_decoder(model):
             self._hook(model.get_encoder(), self._before_encoder)
             self._hook(model.get_decoder(), self._before_cross_attention)
             return
         body = model.base_model
         self._hook(body, self._before_decoder if is_decoder_only(model) else self._before_encoder, self._after)
-        for head in self.heads:
-            self._handles.append(model.get_submodule(head).register_forward_pre_hook(to_own_dtype))
 
     def _hook(self, module: nn.Module, before: Callable, after: Callable | None = None) -> None:
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))

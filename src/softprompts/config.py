@@ -30,6 +30,8 @@ class DataSettings(Settings):
     """Own data: the target column. None = guessed and printed."""
     labels: dict[str, str] | None = None
     """Own data: the word to write for each label value. None = the values themselves."""
+    kind: Literal["classes", "text", "number"] | None = None
+    """Own data: labels, free answers or a regression. None = guessed and printed."""
     shots: int | None = Field(None, ge=1)
     """Train on this many examples in total (few-shot). None = on all."""
     shot_seed: int = 0

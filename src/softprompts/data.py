@@ -147,6 +147,7 @@ def load_data(settings: RunSettings, splits: Sequence[str] = ("train", "validati
             data.inputs,
             data.target,
             data.labels,
+            data.kind,
             protocol=data.protocol,
             mirror=data.mirror,
             splits=splits,

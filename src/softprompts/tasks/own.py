@@ -174,16 +174,18 @@ def texts_to_examples(
 ) -> list[Example]:
     """Examples without a target, for prediction.
 
-    A dictionary holds the input columns. A text fills the one input column of a user's task; for any
-    other task it is the finished source.
+    A dictionary holds the input columns. A text fills the input column of a task that has just one; for
+    a benchmark task with several it is the finished source.
     """
     examples = []
     for number, text in enumerate(texts, start=1):
-        if isinstance(text, str) and isinstance(task, OwnTask):
-            if len(task.inputs) > 1:
-                columns = ", ".join(f'"{column}": ...' for column in task.inputs)
-                raise UsageError(f"text {number}: {task.name} reads {len(task.inputs)} columns; give {{{columns}}}")
-            text = {task.inputs[0]: text}
+        if isinstance(text, str):
+            columns = [column for column in task.columns if column != task.label_column]
+            if len(columns) == 1:
+                text = {columns[0]: text}
+            elif isinstance(task, OwnTask):
+                wanted = ", ".join(f'"{column}": ...' for column in columns)
+                raise UsageError(f"text {number}: {task.name} reads {len(columns)} columns; give {{{wanted}}}")
         source = text if isinstance(text, str) else _source(task, text, number, protocol)
         if not source.strip():
             raise UsageError(f"text {number} is empty; give it some words or leave it out")
