@@ -47,11 +47,11 @@ ENCODER_LINK = "runs/minilm"
 ENCODER_SETTINGS = {
     "model.name": ENCODER_LINK,
     "model.head": "classification",
-    "train.steps": 150,
-    "train.eval_every": 50,
-    "train.prompt_rate": 0.03,
-    "train.offset_rate": 1e-3,
-    "train.head_rate": 3e-3,
+    "train.steps": 400,
+    "train.eval_every": 100,
+    "train.prompt_rate": 0.1,
+    "train.offset_rate": 5e-3,
+    "train.head_rate": 2e-2,
 }
 ENCODER_METHODS: dict[str, dict[str, Any]] = {
     "none": {},

@@ -227,6 +227,39 @@ def test_shots_and_truncation_are_said(tmp_path: Path) -> None:
     assert any("texts were cut to 8 tokens (data.max_source_tokens)" in note for note in notes)
 
 
+def test_texts_beyond_the_offset_are_cut_not_refused(tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    class Listen(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    more = ("method.offset_positions=8", "data.max_source_tokens=64", "train.steps=1")
+    train(settings_of(*more), tmp_path, progress=Listen())
+    assert any("cut to 8 tokens (method.offset_positions" in note for note in notes)
+    assert len(open_trained(tmp_path).predict(["a long story " * 20])) == 1
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Five rows in batches of four: the last batch leaves the second process without a row of its own."""
+    settings = settings_of("data.train_limit=5", "train.steps=4", "train.eval_every=2")
+    train(settings, tmp_path / "one")
+    script = tmp_path / "go.py"
+    script.write_text(
+        "import json, sys, torch\nfrom pathlib import Path\ntorch.set_num_threads(1)\n"
+        "from softprompts.config import RunSettings\nfrom softprompts.train import train\n"
+        f"train(RunSettings(**json.loads({settings.model_dump_json()!r})), Path(sys.argv[1]))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path / "two")], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_close(torch.tensor(losses_of(tmp_path / "one")), torch.tensor(losses_of(tmp_path / "two")), atol=1e-4, rtol=0)
+    one, two = (results.read_record(tmp_path / name) for name in ("one", "two"))
+    assert one["scores"] == two["scores"] and one["num_trainable"] == two["num_trainable"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

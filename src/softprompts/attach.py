@@ -176,6 +176,13 @@ class PromptAdapters(nn.Module):
         """D, the width of the token embeddings."""
         return self._embedding.weight.shape[1]
 
+    @property
+    def longest_text(self) -> int | None:
+        """The most tokens a text may have beside the active prompt, None if there is no limit."""
+        method = self.method()
+        limits = [method.positions, None if self._limit is None else self._limit - method.length]
+        return min((limit for limit in limits if limit is not None), default=None)
+
     def method(self, name: str | None = None) -> SoftPrompt:
         """Return an adapter, by default the active one.
 

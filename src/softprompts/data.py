@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softprompts.backbone import Backbone, decoder_start
-from softprompts.config import RunSettings
+from softprompts.config import DataSettings, RunSettings
 from softprompts.errors import UsageError
 from softprompts.tasks import Example, Task, TaskData, get_task, load_task
 
@@ -45,6 +45,7 @@ class Encoder:
     max_source: int
     max_target: int
     fixed: bool = False
+    limited_by: str = "data.max_source_tokens"
 
     def encode(self, examples: Sequence[Example]) -> Rows:
         """Tokenise; texts beyond `max_source` tokens lose their end, never their target.
@@ -115,20 +116,21 @@ class Encoder:
         return self.backbone.tokenizer.pad_token_id
 
 
-def make_encoder(backbone: Backbone, task: Task, settings: Any) -> Encoder:
-    """Size an encoder by the data settings and the task's own lengths."""
+def make_encoder(backbone: Backbone, task: Task, settings: DataSettings, reach: int | None = None) -> Encoder:
+    """Size an encoder by the data settings, the task's own lengths, and the longest text the prompt allows."""
     longest_word = None
     words = task.target_words(settings.protocol)
     if words:
         sizes = Encoder(backbone, task, 0, 0)
         longest_word = max(len(sizes.encode_target(word)) for word in words)
-    return Encoder(
-        backbone,
-        task,
-        settings.max_source_tokens or task.max_source_tokens,
-        settings.max_target_tokens or longest_word or task.max_target_tokens or OPEN_TARGET_TOKENS,
-        fixed=settings.padding == "max",
-    )
+    max_source = settings.max_source_tokens or task.max_source_tokens
+    max_target = settings.max_target_tokens or longest_word or task.max_target_tokens or OPEN_TARGET_TOKENS
+    limited_by = "data.max_source_tokens"
+    if reach is not None and backbone.kind == "causal":
+        reach -= max_target
+    if reach is not None and reach < max_source:
+        max_source, limited_by = reach, "method.offset_positions, or the model's own positions"
+    return Encoder(backbone, task, max_source, max_target, settings.padding == "max", limited_by)
 
 
 def load_data(settings: RunSettings, splits: Sequence[str] = ("train", "validation", "test")) -> TaskData:
@@ -176,7 +178,7 @@ def num_labels(task: Any) -> int | None:
 def truncation_notes(splits: dict[str, Rows], encoder: Encoder) -> list[str]:
     """Say how many texts were cut."""
     return [
-        f"{rows.truncated} of {len(rows)} {name} texts were cut to {encoder.max_source} tokens (data.max_source_tokens)"
+        f"{rows.truncated} of {len(rows)} {name} texts were cut to {encoder.max_source} tokens ({encoder.limited_by})"
         for name, rows in splits.items()
         if rows.truncated
     ]

@@ -16,9 +16,9 @@ TASKS = ("demo/mood", "demo/request")
 SHARED: dict[str, Any] = {
     "seed": 1,
     "data.max_source_tokens": 64,
-    "train.steps": 200,
-    "train.batch_size": 16,
-    "train.eval_every": 100,
+    "train.steps": 150,
+    "train.batch_size": 8,
+    "train.eval_every": 50,
     "train.prompt_rate": 0.3,
     "train.offset_rate": 5e-3,
     "method.budget_tokens": 40,

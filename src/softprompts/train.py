@@ -95,24 +95,26 @@ def train(
     torch.manual_seed(settings.seed)
     task_data = load_data(settings)
     backbone = load_backbone(settings.model, num_labels(task_data.task))
-    encoder = make_encoder(backbone, task_data.task, settings.data)
-    splits = {name: encoder.encode(getattr(task_data, name)) for name in ("train", "validation", "test")}
-    for note in (*task_data.notes, *truncation_notes(splits, encoder)):
-        progress.note(note)
     attach(backbone.model, settings.method_config(), tokenizer=backbone.tokenizer)
     if not trainable(backbone):
         raise UsageError(f"method '{settings.method['name']}' trains nothing here; take a prompt method, or a head")
+    encoder = make_encoder(backbone, task_data.task, settings.data, adapters_of(backbone.model).longest_text)
+    splits = {name: encoder.encode(getattr(task_data, name)) for name in ("train", "validation", "test")}
+    for note in (*task_data.notes, *truncation_notes(splits, encoder)):
+        progress.note(note)
 
-    if overwrite and not resume:
-        results.clear_folder(out)
     record = results.new_record(settings, task_data, backbone, splits, named_trainable(backbone))
     if accelerator.is_main_process:
+        if overwrite and not resume:
+            results.clear_folder(out)
         results.write_record(out, record)
+    accelerator.wait_for_everyone()
     run = Run(settings, out, encoder, splits, accelerator, progress)
     try:
         run.steps()
     except SoftPromptsError as error:
-        results.write_record(out, {**record, "status": "failed", "error": str(error)})
+        if accelerator.is_main_process:
+            results.write_record(out, {**record, "status": "failed", "error": str(error)})
         raise
     record = run.finish(record, task_data)
     if accelerator.is_main_process:
@@ -171,18 +173,20 @@ class Run:
     def step(self, plan: TrainSettings) -> None:
         """One optimizer step on one batch, cut into `accumulate` pieces and shared among processes."""
         chosen = self.batch_at(self.state.step)
-        mine = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
+        # A process without a row of a small last batch takes one for nothing: all must join in the backward pass.
+        own = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
+        mine, counts = own or chosen[:1], bool(own)
         size = -(-len(mine) // plan.accumulate)
-        pieces = [mine[i : i + size] for i in range(0, len(mine), size or 1)]
+        pieces = [mine[i : i + size] for i in range(0, len(mine), size)]
         total = self.weight(chosen)
         loss_sum = torch.zeros((), device=self.accelerator.device)
         for number, piece in enumerate(pieces, 1):
             inputs, labels = self.encoder.batch(self.splits["train"], piece)
-            self.state.tokens += int(inputs["attention_mask"].sum())
+            self.state.tokens += counts * int(inputs["attention_mask"].sum())
             last = number == len(pieces)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 inputs, labels = to_device(inputs, self.backbone.model), labels.to(self.accelerator.device)
-                part = summed_loss(self.model(**inputs).logits, labels, self.backbone)
+                part = summed_loss(self.model(**inputs).logits, labels, self.backbone) * counts
                 # Divided by the whole batch, so that pieces and processes add up to the mean of the batch.
                 self.accelerator.backward(part * self.accelerator.num_processes / total)
             loss_sum += part.detach()
@@ -292,7 +296,7 @@ class Run:
         """Go on from a saved state if there is one."""
         path = self.out / results.STATE
         if not path.exists():
-            results.keep_steps(self.out, 0)
+            self.keep_steps()
             return
         with safe_open(path, "pt") as file:
             self.state = State(**json.loads(file.metadata()["state"]))
@@ -306,12 +310,18 @@ class Run:
                         key: file.get_tensor(f"{key}.{name}").to(parameter.device if key != "step" else "cpu")
                         for key in ("step", "exp_avg", "exp_avg_sq")
                     }
-        results.keep_steps(self.out, self.state.step)
+        self.keep_steps()
         self.progress.note(f"resumed at step {self.state.step}")
+
+    def keep_steps(self) -> None:
+        """Forget the log of steps that a killed run took beyond its saved state."""
+        if self.accelerator.is_main_process:
+            results.keep_steps(self.out, self.state.step)
 
     def finish(self, record: dict[str, Any], data: TaskData) -> dict[str, Any]:
         """Score the best adapter on the test split, write the predictions, complete the record."""
         protocol, task = self.settings.data.protocol, self.encoder.task
+        self.accelerator.wait_for_everyone()
         restore_adapter(self.backbone.model, self.out / results.ADAPTER)
         begun = time.perf_counter()
         self.progress.phase("test", len(self.splits["test"]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompts import results
+from softprompts.attach import adapters_of
 from softprompts.backbone import load_backbone
 from softprompts.checkpoint import load_adapter, read_config
 from softprompts.config import DataSettings, ModelSettings, RunSettings, insert
@@ -91,7 +92,8 @@ def open_trained(path: Path, overrides: Sequence[tuple[str, Any]] = ()) -> Train
     load_adapter(backbone.model, folder, trainable=False)
     backbone.model.eval()
     record = results.read_record(path) if (path / results.RECORD).is_file() else {}
-    return Trained(make_encoder(backbone, task, settings.data), settings, record)
+    reach = adapters_of(backbone.model).longest_text
+    return Trained(make_encoder(backbone, task, settings.data, reach), settings, record)
 
 
 def run_entry(settings: RunSettings, task: Task) -> dict[str, Any]:

@@ -42,7 +42,10 @@ SETTINGS = {
     ("--model", "no/such-folder"): "model 'no/such-folder' cannot be loaded (",
     ("-s", "method.prompt_subspaces=25"): "prompt_subspaces=25 does not divide the model width 256; try 16 or 32",
     ("-s", "method.budget_tokens=4"): "budget_tokens=4 leaves nothing for the offset beside prompt_length=4",
-    ("-s", "method.budget_tokens=5"): "offset_codewords: a budget of 1 x 256 = 256 numbers is too small for one codeword",
+    (
+        "-s",
+        "method.budget_tokens=5",
+    ): "offset_codewords: a budget of 1 x 256 = 256 numbers is too small for one codeword",
     ("--method", "none", "-s", "method={name='none'}"): "method 'none' trains nothing here",
     ("--prompt-from", "no/adapter"): "no/adapter holds no adapter",
 }

@@ -13,7 +13,7 @@ COMMON = {"--json", "--debug", "--help"}
 SURFACE = {
     "train": COMMON
     | {
-        "--task", "--data", "--input", "--target", "--labels", "--protocol", "--shots", "--method", "--model",
+        "--task", "--data", "--input", "--target", "--labels", "--kind", "--protocol", "--shots", "--method", "--model",
         "--prompt-from", "--offset-from", "--seed", "--seeds", "-s", "--out", "--resume", "--overwrite",
     },
     "eval": COMMON | {"--split", "--protocol", "--scoring", "-s"},
