@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch.testing import assert_close
 
 from softprompts import results
+from softprompts.backbone import embedded_path
 from softprompts.checkpoint import WEIGHTS_FILE
 from softprompts.config import RunSettings, TrainSettings, parse_assignment, resolve
 from softprompts.errors import SoftPromptsError, UsageError
+from softprompts.evaluate import rank_causal, rank_seq2seq
+from softprompts.tasks import Example
 from softprompts.train import Progress, Run, schedule, train
 from softprompts.trained import open_trained
 
@@ -227,6 +231,83 @@ def test_shots_and_truncation_are_said(tmp_path: Path) -> None:
     assert any("texts were cut to 8 tokens (data.max_source_tokens)" in note for note in notes)
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny random models with the embedded tokenizer, saved as users have them."""
+    from transformers import (
+        AutoTokenizer,
+        BertConfig,
+        BertForMaskedLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_path("t5-nano"))
+    root = tmp_path_factory.mktemp("models")
+    made = {}
+    for name, model in {
+        "t5": lambda: T5ForConditionalGeneration(T5Config(**{**tiny.T5, "vocab_size": len(tokenizer)})),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**{**tiny.LLAMA, "vocab_size": len(tokenizer)})),
+        "bert": lambda: BertForMaskedLM(BertConfig(**{**tiny.BERT, "vocab_size": len(tokenizer)})),
+    }.items():
+        made[name] = root / name
+        model().save_pretrained(made[name])
+        tokenizer.save_pretrained(made[name])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "scoring"),
+    [
+        ("t5", (), "rank"),
+        ("t5", ("eval.scoring=generate",), "generate"),
+        ("llama", (), "rank"),
+        ("llama", ("data.protocol=paper",), "generate"),
+        ("llama", ("model.head=classification",), "head"),
+        ("bert", (), "head"),
+        ("t5", ("model.gradient_checkpointing=true",), "rank"),
+    ],
+)
+def test_every_architecture_trains_and_comes_back(
+    model: str, more: tuple[str, ...], scoring: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    sizes = ("method.prompt_length=4", "method.offset_positions=40", "method.budget_tokens=16", "train.steps=4")
+    record = train(settings_of(f"model.name={folders[model]}", *sizes, *more), tmp_path)
+    assert record["scoring"] == scoring and (record["num_trainable_head"] > 0) == (scoring == "head")
+    trained = open_trained(tmp_path)
+    assert trained.evaluate("test").scores == record["scores"]["test"]
+    rows = [json.loads(line) for line in (tmp_path / results.PREDICTIONS).read_text().splitlines()]
+    texts = [row["source"].removeprefix("sentence: ") for row in rows]
+    assert trained.predict(texts) == [row["prediction"] for row in rows]
+
+
+def test_ranking_is_the_likelihood_written_out(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Against one unbatched, unpadded forward pass per text and word, on both kinds of writers."""
+    for model in ("t5", "llama"):
+        settings = settings_of(f"model.name={folders[model]}", "train.steps=1", "method.offset_positions=60")
+        train(settings, tmp_path / model)
+        trained = open_trained(tmp_path / model)
+        network, tokenizer = trained.encoder.backbone.model, trained.encoder.backbone.tokenizer
+        texts = ["short", "a rather longer text than the first one"]
+        rows = trained.encoder.encode([Example(f"sentence: {text}", "", ()) for text in texts])
+        words = [trained.encoder.encode_target(word) for word in ("0", "1")]
+        likelihood = rank_seq2seq if model == "t5" else rank_causal
+        with torch.no_grad():
+            batched = likelihood(trained.encoder, rows, [0, 1], words)
+            for row, source in enumerate(rows.sources):
+                for column, word in enumerate(words):
+                    if model == "t5":
+                        decoder = torch.tensor([[network.config.decoder_start_token_id, *word[:-1]]])
+                        logits = network(input_ids=torch.tensor([source]), decoder_input_ids=decoder).logits[0]
+                    else:
+                        logits = network(input_ids=torch.tensor([source + word])).logits[0, len(source) - 1 : -1]
+                    expected = sum(logits.log_softmax(-1)[i, token] for i, token in enumerate(word))
+                    assert_close(batched[row, column], expected, atol=1e-4, rtol=0)
+        assert tokenizer.eos_token_id in words[0]
+
+
 def test_texts_beyond_the_offset_are_cut_not_refused(tmp_path: Path) -> None:
     notes: list[str] = []
 
@@ -255,7 +336,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         [*launch, str(script), str(tmp_path / "two")], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert_close(torch.tensor(losses_of(tmp_path / "one")), torch.tensor(losses_of(tmp_path / "two")), atol=1e-4, rtol=0)
+    assert_close(
+        torch.tensor(losses_of(tmp_path / "one")), torch.tensor(losses_of(tmp_path / "two")), atol=1e-4, rtol=0
+    )
     one, two = (results.read_record(tmp_path / name) for name in ("one", "two"))
     assert one["scores"] == two["scores"] and one["num_trainable"] == two["num_trainable"]
 
@@ -281,8 +364,9 @@ def test_folders_are_not_overwritten_unasked(whole: Path, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="was begun with other settings"):
         train(settings_of("seed=3"), whole, resume=True)
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UsageError, match="is not the folder of a run"):
-        train(settings_of(), tmp_path, overwrite=True)
+    for permission in ({"overwrite": True}, {"resume": True}):
+        with pytest.raises(UsageError, match="is not the folder of a run"):
+            train(settings_of(), tmp_path, **permission)
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 

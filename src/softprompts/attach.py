@@ -376,7 +376,7 @@ def warm_start(method: SoftPrompt, config: MethodConfig) -> None:
     Raises:
         UsageError: a source is missing where the method needs one, cannot be read, or has other sizes.
     """
-    from softprompts.checkpoint import read_tensors
+    from softprompts.checkpoint import adapter_folder, read_tensors
 
     if getattr(config, "source_required", False) and config.prompt_from is None:
         raise UsageError(f"{config.name} starts from a trained prompt; set prompt_from=FOLDER of a saved adapter")
@@ -386,12 +386,15 @@ def warm_start(method: SoftPrompt, config: MethodConfig) -> None:
         module = getattr(method, part)
         if module is None:
             raise UsageError(f"{part}_from={source}: this {config.name} has no {part}; leave {part}_from out")
-        tensors = read_tensors(Path(source))
+        tensors = read_tensors(adapter_folder(Path(source)))
         start = {key[len(part) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{part}.")}
         own = {key: tuple(value.shape) for key, value in module.state_dict().items()}
         theirs = {key: tuple(value.shape) for key, value in start.items()}
         if own != theirs:
-            raise UsageError(f"{part}_from={source}: its {part} is {theirs or 'missing'}, this one needs {own}")
+            raise UsageError(
+                f"{part}_from={source}: its {part} is {theirs or 'missing'}, this one needs {own}; give both the same "
+                f"sizes (a part alone takes the whole budget, beside another part its share)"
+            )
         module.load_state_dict(start)
 
 

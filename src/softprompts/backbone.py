@@ -66,7 +66,9 @@ def load_backbone(settings: ModelSettings, num_labels: int | None = None) -> Bac
     model.config.pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renamed it within release 5.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return Backbone(model, tokenizer, kind, settings.name, dtype)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,10 @@ from torch import Tensor, nn
 
 from softprompts.attach import SLOT, adapters_of, attach, detach
 from softprompts.core import MethodConfig
-from softprompts.errors import SoftPromptsError, UsageError
+from softprompts.errors import UsageError
+from softprompts.files import replace, write_text
 from softprompts.registry import method_from_dict
+from softprompts.results import ADAPTER
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -118,6 +118,12 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None
     module.load_state_dict(tensors)
 
 
+def adapter_folder(path: Path) -> Path:
+    """Return the adapter inside a run's folder, or the folder itself if it is an adapter."""
+    inner = path / ADAPTER
+    return inner if inner.is_dir() else path
+
+
 def read_config(folder: Path) -> tuple[MethodConfig, dict[str, Any]]:
     """Return (method settings, all entries) of a saved adapter.
 
@@ -157,29 +163,3 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file atomically."""
     ready = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
     replace(path, lambda temporary: save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})}))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    replace(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-
-def replace(path: Path, write: Callable[[str], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place: all of it or nothing.
-
-    Raises:
-        SoftPromptsError: no space, no permission.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise SoftPromptsError(f"cannot write {path}: {reason}; free some space or name another --out") from None

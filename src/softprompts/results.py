@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompts.errors import UsageError
+from softprompts.files import write_text
 
 if TYPE_CHECKING:
     from softprompts.backbone import Backbone
@@ -23,8 +24,8 @@ SCHEMA = 1
 RECORD = "run.json"
 STEPS = "steps.jsonl"
 PREDICTIONS = "predictions.jsonl"
-ADAPTER = "adapter"
 STATE = "state.safetensors"
+ADAPTER = "adapter"
 OURS = (RECORD, STEPS, PREDICTIONS, ADAPTER, STATE)
 
 
@@ -36,9 +37,9 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file; name a folder")
-    if not folder.exists() or not any(folder.iterdir()) or resume:
+    if not folder.exists() or not any(folder.iterdir()):
         return
-    if not overwrite:
+    if not (resume or overwrite):
         raise UsageError(
             f"output folder {folder} exists and is not empty; continue it with --resume, replace it with "
             f"--overwrite, or name another with --out"
@@ -56,8 +57,6 @@ def clear_folder(folder: Path) -> None:
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write `run.json` atomically."""
-    from softprompts.checkpoint import write_text
-
     write_text(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -81,8 +80,6 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def write_predictions(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per test example."""
-    from softprompts.checkpoint import write_text
-
     write_text(folder / PREDICTIONS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -94,8 +91,6 @@ def append_step(folder: Path, row: Mapping[str, Any]) -> None:
 
 def keep_steps(folder: Path, last: int) -> None:
     """Drop the lines of steps after `last`, which a killed run had written beyond its saved state."""
-    from softprompts.checkpoint import write_text
-
     path = folder / STEPS
     if path.exists():
         kept = []

@@ -10,7 +10,7 @@ from typing import Any
 from softprompts import results
 from softprompts.attach import adapters_of
 from softprompts.backbone import load_backbone
-from softprompts.checkpoint import load_adapter, read_config
+from softprompts.checkpoint import adapter_folder, load_adapter, read_config
 from softprompts.config import DataSettings, ModelSettings, RunSettings, insert
 from softprompts.data import Encoder, load_data, make_encoder, num_labels
 from softprompts.errors import UsageError
@@ -78,7 +78,7 @@ def open_trained(path: Path, overrides: Sequence[tuple[str, Any]] = ()) -> Train
     Raises:
         UsageError: no adapter there, or a backbone that cannot be loaded.
     """
-    folder = path / results.ADAPTER if (path / results.ADAPTER).is_dir() else path
+    folder = adapter_folder(path)
     _, entries = read_config(folder)
     run = entries.get(RUN_ENTRY)
     if run is None:

@@ -10,7 +10,7 @@ Train prompt tuning on a large source task, save it, and start the target's prom
 one. Any other method starts the same way with `prompt_from` and `offset_from`.
 
 **Differs.** The saved adapter holds its weights only: the source is read once and kept as provenance, and may
-be deleted (test_attach: `test_saved_adapter_does_not_need_its_source`). The source is chosen by hand.
+be deleted (test_methods: `test_saved_adapter_does_not_need_its_source`). The source is chosen by hand.
 """
 
 from __future__ import annotations

@@ -159,9 +159,7 @@ class Task:
 
     # Protocol
 
-    def read(
-        self, file: str, data_dir: Path | None = None, mirror: Path | None = None
-    ) -> tuple[Sequence[Row], str]:
+    def read(self, file: str, data_dir: Path | None = None, mirror: Path | None = None) -> tuple[Sequence[Row], str]:
         """Read the rows of one file of the data set, and say where they come from."""
         from softprompts.tasks.sources import read_split
 

@@ -17,9 +17,7 @@ class Demo(Task):
     columns = ("text", "label")
     split_rule = OFFICIAL
 
-    def read(
-        self, file: str, data_dir: Path | None = None, mirror: Path | None = None
-    ) -> tuple[Sequence[Row], str]:
+    def read(self, file: str, data_dir: Path | None = None, mirror: Path | None = None) -> tuple[Sequence[Row], str]:
         from importlib import resources
 
         from softprompts.tasks.sources import read_table

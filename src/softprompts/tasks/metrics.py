@@ -54,9 +54,7 @@ def matthews(answers: Texts, targets: Texts, words: Texts) -> float:
 def oppose_invalid(answers: Texts, targets: Texts, words: Texts) -> list[str]:
     """Replace every answer that is no label word by one that is wrong: the next word after its target."""
     wrong = {word: words[(index + 1) % len(words)] for index, word in enumerate(words)}
-    return [
-        answer if answer in words else wrong[target] for answer, target in zip(answers, targets, strict=True)
-    ]
+    return [answer if answer in words else wrong[target] for answer, target in zip(answers, targets, strict=True)]
 
 
 def pearson(values: Sequence[float], references: Sequence[float]) -> float:
@@ -108,10 +106,7 @@ def token_f1(answers: Texts, references: Sequence[Texts]) -> float:
 
     As in SQuAD's own script, an answer that shares no word scores 0, even where both are empty.
     """
-    best = [
-        max(_shared(answer, text) for text in texts)
-        for answer, texts in zip(answers, references, strict=True)
-    ]
+    best = [max(_shared(answer, text) for text in texts) for answer, texts in zip(answers, references, strict=True)]
     return sum(best) / len(best)
 
 

@@ -64,9 +64,7 @@ LARGE: Rule = {
 OFFICIAL: Rule = {"train": Part("train"), "validation": Part("validation"), "test": Part("test")}
 
 
-def sample_shots(
-    labels: Sequence[int], k: int, seed: int, protocol: str, num_classes: int | None = None
-) -> list[int]:
+def sample_shots(labels: Sequence[int], k: int, seed: int, protocol: str, num_classes: int | None = None) -> list[int]:
     """Draw k rows in total and return their indices in the order drawn.
 
     Both protocols walk through the rows in the order of `numpy.random.default_rng(seed).permutation`, as
@@ -100,8 +98,7 @@ def sample_shots(
     for label, count in wanted.items():
         if available[label] < count:
             raise UsageError(
-                f"shots={k} needs {count} rows of class {label}, but there are {available[label]}; "
-                "use fewer shots"
+                f"shots={k} needs {count} rows of class {label}, but there are {available[label]}; use fewer shots"
             )
     for index in order:
         if taken[labels[index]] < wanted[labels[index]]:
