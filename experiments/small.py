@@ -47,7 +47,7 @@ ENCODER_LINK = "runs/minilm"
 ENCODER_SETTINGS = {
     "model.name": ENCODER_LINK,
     "model.head": "classification",
-    "train.steps": 400,
+    "train.steps": 200,
     "train.eval_every": 100,
     "train.prompt_rate": 0.1,
     "train.offset_rate": 5e-3,

@@ -193,7 +193,7 @@ def eval_(
     from softprompts.show import emit, messages, show_scores
 
     with make_progress(messages(), "scoring") as progress:
-        found = trained.evaluate(split, advance=progress.advance)
+        found = trained.evaluate(split, advance=progress.advance, note=progress.note)
     result = {
         "run": str(run),
         "task": trained.task.name,
@@ -230,7 +230,7 @@ def predict(
     from softprompts.tasks.own import texts_to_examples
 
     with make_progress(messages(), "answering") as progress:
-        answers = trained.predict(rows, advance=progress.advance)
+        answers = trained.predict(rows, advance=progress.advance, note=progress.note)
     sources = [example.source for example in texts_to_examples(trained.task, rows, trained.protocol)]
     meaning = dict(zip(trained.task.label_words or (), trained.task.label_names or (), strict=False))
     results = []

@@ -134,7 +134,9 @@ class RunSettings(Settings):
     @field_validator("method", mode="before")
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        if isinstance(value, str):
+            return {"name": value}
+        return {"name": "accept", **value} if isinstance(value, dict) else value
 
     def method_config(self) -> Any:
         """Return the method's checked config.
@@ -145,7 +147,7 @@ class RunSettings(Settings):
         from softprompts.registry import method_config
 
         settings = dict(self.method)
-        return method_config(settings.pop("name", "accept"), settings)
+        return method_config(settings.pop("name"), settings)
 
 
 def resolve(file: Path | None, overrides: Iterable[tuple[str, Any]]) -> RunSettings:

@@ -34,7 +34,9 @@ def describe(kind: type[BaseModel], error: ValidationError) -> str:
         return f"unknown setting '{where}'{suggest(where, known)} (known: {', '.join(known)})"
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
-        return message if not where or where in message else f"{where}: {message}"
+        # Inside a group, `steps=0 cannot be used` becomes `train.steps=0 cannot be used`.
+        joint = "." if "=" in message.split(" ")[0] else ": "
+        return message if not where or where in message else f"{where}{joint}{message}"
     shown = first.get("input")
     return f"{where}={shown!r} cannot be used: {first['msg'][:1].lower()}{first['msg'][1:]}"
 

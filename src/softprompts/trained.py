@@ -12,10 +12,10 @@ from softprompts.attach import adapters_of
 from softprompts.backbone import load_backbone
 from softprompts.checkpoint import adapter_folder, load_adapter, read_config
 from softprompts.config import DataSettings, ModelSettings, RunSettings, insert
-from softprompts.data import Encoder, load_data, make_encoder, num_labels
+from softprompts.data import Encoder, Rows, load_data, make_encoder, num_labels, truncation_notes
 from softprompts.errors import UsageError
 from softprompts.evaluate import Evaluation, evaluate, predict, scoring_for
-from softprompts.tasks import Task, check_protocol, get_task
+from softprompts.tasks import Example, Task, check_protocol, get_task
 from softprompts.tasks.own import OwnTask, texts_to_examples
 
 RUN_ENTRY = "softprompts_run"
@@ -41,31 +41,44 @@ class Trained:
         return check_protocol(self.settings.data.protocol)
 
     def evaluate(
-        self, split: str = "test", scoring: str | None = None, advance: Callable[[int], Any] = lambda done: None
+        self,
+        split: str = "test",
+        scoring: str | None = None,
+        advance: Callable[[int], Any] = lambda done: None,
+        note: Callable[[str], Any] = lambda text: None,
     ) -> Evaluation:
-        """Answer and score one split of the task's data.
+        """Answer and score one split of the task's data; `advance` counts rows, `note` hears of cut texts.
 
         Raises:
             UsageError: the data cannot be read, or there is no such split.
         """
         if split not in ("train", "validation", "test"):
             raise UsageError(f"unknown split '{split}'; use validation or test")
-        rows = self.encoder.encode(getattr(load_data(self.settings, (split,)), split))
+        rows = self._encode(getattr(load_data(self.settings, (split,)), split), split, note)
         plan = self.settings.eval
         return evaluate(self.encoder, rows, self.protocol, scoring or plan.scoring, plan.batch_size, advance)
 
     def predict(
-        self, texts: Sequence[str | Mapping[str, Any]], advance: Callable[[int], Any] = lambda done: None
+        self,
+        texts: Sequence[str | Mapping[str, Any]],
+        advance: Callable[[int], Any] = lambda done: None,
+        note: Callable[[str], Any] = lambda text: None,
     ) -> list[str]:
-        """Answer texts, or rows with the task's input columns.
+        """Answer texts, or rows with the task's input columns; `advance` and `note` as in `evaluate`.
 
         Raises:
             UsageError: an empty text or a missing column.
         """
-        rows = self.encoder.encode(texts_to_examples(self.task, texts, self.protocol))
+        rows = self._encode(texts_to_examples(self.task, texts, self.protocol), "given", note)
         scoring = scoring_for(self.encoder.backbone, self.task, self.protocol, self.settings.eval.scoring)
         answers = predict(self.encoder, rows, scoring, self.settings.eval.batch_size, advance)
         return [answers[i] for i in range(len(rows))]
+
+    def _encode(self, examples: Sequence[Example], name: str, note: Callable[[str], Any]) -> Rows:
+        rows = self.encoder.encode(examples)
+        for text in truncation_notes({name: rows}, self.encoder):
+            note(text)
+        return rows
 
 
 def open_trained(path: Path, overrides: Sequence[tuple[str, Any]] = ()) -> Trained:
@@ -84,6 +97,10 @@ def open_trained(path: Path, overrides: Sequence[tuple[str, Any]] = ()) -> Train
     if run is None:
         raise UsageError(f"{folder} does not say for which task it was trained; use it with softprompts.load_adapter")
     tree = {"task": run["task"], "data": dict(run["data"]), "model": dict(run["model"]), "eval": dict(run["eval"])}
+    if run["own"]:
+        # Other data are read through the columns and label words that were trained on, never guessed again.
+        own = {key: run["own"][key] for key in ("inputs", "target", "kind", "labels")}
+        tree["data"] |= {key: value for key, value in own.items() if value is not None}
     for key, value in overrides:
         insert(tree, key, value)
     settings = RunSettings(**tree)
