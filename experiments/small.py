@@ -47,18 +47,17 @@ ENCODER_LINK = "runs/minilm"
 ENCODER_SETTINGS = {
     "model.name": ENCODER_LINK,
     "model.head": "classification",
-    "train.steps": 200,
-    "train.eval_every": 100,
-    "train.prompt_rate": 0.1,
+    "train.eval_every": 75,
+    "train.prompt_rate": 0.2,
     "train.offset_rate": 5e-3,
-    "train.head_rate": 2e-2,
+    "train.head_rate": 1e-2,
 }
 ENCODER_METHODS: dict[str, dict[str, Any]] = {
     "none": {},
     "prompt_tuning": {"budget_tokens": 20},
     "accept": {"prompt_length": 10, "budget_tokens": 20, "offset_positions": 128},
 }
-ENCODER_TASKS = ("glue/sst2", "glue/mrpc")
+ENCODER_STEPS = {"glue/sst2": 300, "glue/mrpc": 150}
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,10 @@ def plan() -> Iterator[Planned]:
         for task in NANO_TASKS:
             for method, sizes in METHODS.items():
                 yield Planned("t5-nano", task, method, seed, settings_of(task, method, sizes, seed, NANO))
-        for task in ENCODER_TASKS:
+        for task, steps in ENCODER_STEPS.items():
             for method, sizes in ENCODER_METHODS.items():
-                yield Planned("minilm", task, method, seed, settings_of(task, method, sizes, seed, ENCODER_SETTINGS))
+                more = {**ENCODER_SETTINGS, "train.steps": steps}
+                yield Planned("minilm", task, method, seed, settings_of(task, method, sizes, seed, more))
 
 
 def settings_of(

@@ -25,7 +25,7 @@ from softprompts.train import Progress, Run, schedule, train
 from softprompts.trained import open_trained
 
 SMALL = [
-    "task=demo/mood", "model.dtype=fp32", "method.name=accept", "method.prompt_length=6", "method.budget_tokens=16",
+    "task=demo/request", "model.dtype=fp32", "method.name=accept", "method.prompt_length=6", "method.budget_tokens=16",
     "method.offset_positions=64", "data.max_source_tokens=64", "data.train_limit=24", "data.validation_limit=8",
     "data.test_limit=8", "train.batch_size=4", "train.eval_every=4", "train.steps=12", "eval.untuned=false",
 ]  # fmt: skip
@@ -102,7 +102,7 @@ def test_a_process_killed_for_real_resumes_to_the_same(whole: Path, tmp_path: Pa
 
 def test_the_record_says_everything(whole: Path) -> None:
     record = results.read_record(whole)
-    assert record["status"] == "done" and record["schema"] == 1 and record["task"] == "demo/mood"
+    assert record["status"] == "done" and record["schema"] == 1 and record["task"] == "demo/request"
     assert record["num_trainable"] == 6 * 256 + 2 * 256 * 4 + 4 + 256
     for split in ("validation", "test"):
         assert 0 <= record["scores"][split]["accuracy"] <= 1 and record["scores"][split]["n"] == 8
@@ -347,7 +347,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     ("more", "message"),
     [
         (("method={name='none'}",), "method 'none' trains nothing here"),
-        (("task=demo/moods",), "did you mean 'demo/mood'"),
+        (("task=demo/requests",), "did you mean 'demo/request'"),
         (("model.name=no/such-model",), "model 'no/such-model' cannot be loaded"),
         (("method.prompt_subspaces=7",), "prompt_subspaces=7 does not divide the model width 256"),
     ],

@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """What each method needs beside them: DePT and ACCEPT spend half of the budget on the offset."""
 SHOWN = ("demo/mood", "accept")
 """The run that the last lines of the demo try out."""
-TEXT = "The soup was cold and nobody said sorry."
+TEXT = "The soup was cold and the waiter was rude."
 
 
 def run_demo(out: Path, console: Console) -> dict[str, Any]:

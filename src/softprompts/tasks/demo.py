@@ -33,6 +33,8 @@ class Mood(Demo):
 
     name = "demo/mood"
     folder = "mood"
+    # Words that the embedded backbone was not trained to answer with, so that there is something to learn.
+    label_words = ("bad", "good")
     label_names = ("negative", "positive")
 
 
