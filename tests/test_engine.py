@@ -1,6 +1,9 @@
 """The engine on every method and architecture: padding, generation, heads, freezing, detaching."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -199,6 +202,32 @@ def test_gradient_checkpointing_changes_no_gradient(model: str) -> None:
         gradients.append([p.grad.clone() for p in network.prompt_adapter.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert_close(plain, recomputed, atol=ROUNDING, rtol=1e-4)
+
+
+@pytest.mark.skipif(not os.environ.get("JAXTYPING_DISABLE"), reason="shape checks break graphs; see test_compile")
+@pytest.mark.parametrize("model", SHAPES)
+def test_compiled_forward_and_gradients_are_the_same(model: str) -> None:
+    network, ids = prompted(model, "accept"), text()
+    plain = forward(network, ids)
+    plain.square().sum().backward()
+    gradients = [p.grad.clone() for p in network.prompt_adapter.parameters()]
+    network.zero_grad()
+    compiled = torch.compile(network, backend="aot_eager")
+    more = {"decoder_input_ids": torch.tensor([[0, 5, 9]]).expand(2, -1)} if model == "t5" else {}
+    logits = compiled(input_ids=ids, **more).logits
+    logits.square().sum().backward()
+    assert_close(logits, plain, atol=ROUNDING, rtol=0)
+    for parameter, expected in zip(network.prompt_adapter.parameters(), gradients, strict=True):
+        assert_close(parameter.grad, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_compile() -> None:
+    """The compiled tests above, in a process without the run-time shape checks."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-k", "compiled_forward", "-n", "0"],
+        env={**os.environ, "JAXTYPING_DISABLE": "1"}, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout[-2000:]
 
 
 def test_a_bf16_backbone_keeps_an_fp32_prompt_and_head() -> None:

@@ -13,7 +13,7 @@ from softprompts.attach import adapters_of, attach
 from softprompts.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from softprompts.errors import SoftPromptsError, UsageError
 from softprompts.init import Vocabulary
-from softprompts.registry import method_config
+from softprompts.registry import method_config, methods
 
 
 class Words:
@@ -22,6 +22,11 @@ class Words:
     def __call__(self, words: str, add_special_tokens: bool) -> dict[str, list[int]]:
         assert not add_special_tokens
         return {"input_ids": [{"good": 7, "or": 8, "bad": 9}[word] for word in words.split()]}
+
+
+def test_every_registered_method_has_tiny_sizes() -> None:
+    """The contract suites run over NAMES: a new method must be listed there."""
+    assert set(methods()) - {"none"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -145,6 +150,40 @@ def test_a_source_of_other_sizes_is_refused(tmp_path: Path) -> None:
         attach(build("t5"), config_of("prompt_tuning", prompt_length=4, prompt_from=str(tmp_path)))
     with pytest.raises(UsageError, match="has no offset"):
         attach(build("t5"), config_of("prompt_tuning", offset_from=str(tmp_path)))
+
+
+def test_a_combination_starts_from_the_sources_of_its_parts(tmp_path: Path) -> None:
+    source = prompted("t5", "spot")
+    save_adapter(source, tmp_path)
+    network = build("t5")
+    given = {"prompt": {"prompt_length": 5, "prompt_from": str(tmp_path)}, "offset": {"rank": 3}}
+    attach(network, method_config("spot+adept", given))
+    assert torch.equal(network.prompt_adapter.method().prompt.vectors, source.prompt_adapter.method().prompt.vectors)
+    with pytest.raises(UsageError, match=r"spot\+adept starts from a trained prompt"):
+        attach(build("t5"), method_config("spot+adept", {"offset": {"rank": 3}}))
+
+
+def test_one_head_belongs_to_one_adapter(tmp_path: Path) -> None:
+    network = prompted("bert-sequence", "accept")
+    with pytest.raises(UsageError, match=r"the head \(classifier\) belongs to the adapter 'default'"):
+        attach(network, config_of("dept"), "second")
+    save_adapter(network, tmp_path)
+    frozen = build("bert-sequence")
+    load_adapter(frozen, tmp_path, trainable=False)
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_modules_without_weights_are_saved_too(tmp_path: Path) -> None:
+    network, ids = build("bert-sequence"), text()
+    attach(network, config_of("accept"), also_train=["bert.pooler.dense"])
+    scatter(network.bert.pooler)
+    before = forward(network, ids)
+    save_adapter(network, tmp_path)
+    twin = build("bert-sequence")
+    twin.load_state_dict({key: network.state_dict()[key] for key in twin.state_dict()})
+    scatter(twin.bert.pooler)
+    load_adapter(twin, tmp_path)
+    assert torch.equal(forward(twin, ids), before)
 
 
 def damage(folder: Path, how: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,9 @@ import torch
 from torch.testing import assert_close
 
 from softprompts import results
-from softprompts.backbone import embedded_path
+from softprompts.backbone import embedded_path, load_backbone
 from softprompts.checkpoint import WEIGHTS_FILE
-from softprompts.config import RunSettings, TrainSettings, parse_assignment, resolve
+from softprompts.config import ModelSettings, RunSettings, TrainSettings, parse_assignment, resolve
 from softprompts.errors import SoftPromptsError, UsageError
 from softprompts.evaluate import rank_causal, rank_seq2seq
 from softprompts.tasks import Example
@@ -231,6 +232,77 @@ def test_shots_and_truncation_are_said(tmp_path: Path) -> None:
     assert any("texts were cut to 8 tokens (data.max_source_tokens)" in note for note in notes)
 
 
+def test_a_run_stopped_early_and_killed_in_its_test_is_the_same(tmp_path: Path) -> None:
+    class KillInTest(Progress):
+        def phase(self, name: str, total: int) -> None:
+            if name == "test":
+                raise Killed
+
+    more = ("train.patience=1", "train.prompt_rate=0", "train.offset_rate=0", "train.eval_every=2")
+    with pytest.raises(Killed):
+        train(settings_of(*more), tmp_path, progress=KillInTest())
+    record = train(settings_of(*more), tmp_path, resume=True)
+    assert record["steps_done"] == 4 and len(losses_of(tmp_path)) == 4
+
+
+def test_a_resume_needs_the_same_data_and_a_whole_state(tmp_path: Path) -> None:
+    data = tmp_path / "data.csv"
+    data.write_text("text,label\n" + "".join(f"a text of {i},{i % 2}\n" for i in range(30)))
+    settings = resolve(None, [("data.path", str(data)), *(parse_assignment(text) for text in SMALL[1:])])
+    with pytest.raises(Killed):
+        train(settings, tmp_path / "run", progress=KillAt(6))
+    state = (tmp_path / "run" / results.STATE).read_bytes()
+    (tmp_path / "run" / results.STATE).write_bytes(state[:100])
+    with pytest.raises(UsageError, match=r"state.safetensors is damaged .*--overwrite"):
+        train(settings, tmp_path / "run", resume=True)
+    data.write_text(data.read_text().replace("text of 3", "word of 3"))
+    with pytest.raises(UsageError, match="the data have changed since"):
+        train(settings, tmp_path / "run", resume=True)
+
+
+def test_a_resume_does_not_need_the_source_of_a_warm_start(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / results.ADAPTER, tmp_path / "source")
+    settings = settings_of(*ADEPT, f"method.prompt_from='{tmp_path / 'source'}'")
+    with pytest.raises(Killed):
+        train(settings, tmp_path / "run", progress=KillAt(6))
+    shutil.rmtree(tmp_path / "source")
+    assert train(settings, tmp_path / "run", resume=True)["status"] == "done"
+
+
+def test_long_answers_are_cut_and_said(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = [{"question": f"what is {i}", "answer": f"it is {i} " * 20} for i in range(30)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes: list[str] = []
+
+    class Listen(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    given = [("data.path", str(data)), ("data.kind", "text"), ("train.steps", 1)]
+    train(resolve(None, [*map(parse_assignment, SMALL[1:]), *given]), tmp_path / "run", progress=Listen())
+    assert "24 of 24 train targets were cut to 20 tokens (data.max_target_tokens)" in notes
+
+
+def test_an_encoder_without_a_pooler_comes_back_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Masked language models are saved without a pooler: what loading makes up must be trained and saved."""
+    sizes = ("method.prompt_length=4", "method.offset_positions=40", "method.budget_tokens=16", "train.steps=2")
+    train(settings_of(f"model.name={folders['bert']}", *sizes), tmp_path)
+    logits = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        trained = open_trained(tmp_path)
+        rows = trained.encoder.encode([Example("sentence: a", "", ()), Example("sentence: something else", "", ())])
+        with torch.no_grad():
+            logits.append(trained.encoder.backbone.model(**trained.encoder.inputs(rows, [0, 1])).logits)
+    assert torch.equal(*logits)
+
+
+def test_generation_is_greedy_whatever_the_checkpoint_says(folders: dict[str, Path]) -> None:
+    model = load_backbone(ModelSettings(name=str(folders["t5"]))).model
+    assert model.generation_config.min_length in (None, 0) and model.generation_config.repetition_penalty in (None, 1.0)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny random models with the embedded tokenizer, saved as users have them."""
@@ -253,7 +325,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "bert": lambda: BertForMaskedLM(BertConfig(**{**tiny.BERT, "vocab_size": len(tokenizer)})),
     }.items():
         made[name] = root / name
-        model().save_pretrained(made[name])
+        network = model()
+        if name == "t5":
+            network.generation_config.min_length = 7
+            network.generation_config.repetition_penalty = 3.0
+        network.save_pretrained(made[name])
         tokenizer.save_pretrained(made[name])
     return made
 
@@ -340,6 +416,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         torch.tensor(losses_of(tmp_path / "one")), torch.tensor(losses_of(tmp_path / "two")), atol=1e-4, rtol=0
     )
     one, two = (results.read_record(tmp_path / name) for name in ("one", "two"))
+    assert one["cost"]["tokens"] == two["cost"]["tokens"]
     assert one["scores"] == two["scores"] and one["num_trainable"] == two["num_trainable"]
 
 

@@ -16,9 +16,8 @@ positions counted over real tokens, and offsets follow the position in the text.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +38,7 @@ def attach(
     *,
     tokenizer: Any = None,
     train_head: bool = True,
+    also_train: Sequence[str] = (),
     initialise: bool = True,
 ) -> Any:
     """Add a trainable prompt to a model and freeze everything else. Returns the same model.
@@ -49,14 +49,18 @@ def attach(
         name: under which name; several adapters may be attached, the last one attached is active.
         tokenizer: needed by `init="text"` alone.
         train_head: also train (in fp32) the classification or span head of models that have one.
+        also_train: names of further modules to train and save in full: those the checkpoint had no weights for.
         initialise: False leaves the parameters for `checkpoint.load_adapter` to fill.
 
     Raises:
         UsageError: the name is taken, the sizes do not fit the model, or a start cannot be had.
+
+    The logits have the input's length; hidden states and attentions, if asked for, stay as the backbone computed
+    them, prompt first.
     """
     adapters = getattr(model, SLOT, None)
     if adapters is None:
-        adapters = PromptAdapters(model, train_head)
+        adapters = PromptAdapters(model, train_head, also_train)
         model.add_module(SLOT, adapters)
         adapters.hook(model)
     try:
@@ -98,7 +102,7 @@ def adapters_of(model: Any) -> PromptAdapters:
 
 @contextmanager
 def disabled(model: Any) -> Iterator[None]:
-    """Use the bare backbone inside the `with` block."""
+    """Leave the prompt out inside the `with` block (a trained head stays)."""
     adapters = adapters_of(model)
     before, adapters.enabled = adapters.enabled, False
     try:
@@ -145,14 +149,14 @@ class PromptAdapters(nn.Module):
     The attribute names are the PEFT layout's: parameters live under `prompt_adapter.softprompt_methods`.
     """
 
-    def __init__(self, model: Any, train_head: bool = True) -> None:
+    def __init__(self, model: Any, train_head: bool = True, also_train: Sequence[str] = ()) -> None:
         super().__init__()
         self.train(model.training)
         self.softprompt_methods = nn.ModuleDict()
         self.configs: dict[str, MethodConfig] = {}
         self.active: str | None = None
         self.enabled = True
-        self.heads = tuple(head_modules(model)) if train_head else ()
+        self.heads = (*(head_modules(model) if train_head else ()), *also_train)
         # Past nn.Module's bookkeeping: the embedding is the backbone's submodule, not ours.
         self._embedding: Any
         self.__dict__["_embedding"] = model.get_input_embeddings()
@@ -199,6 +203,9 @@ class PromptAdapters(nn.Module):
         """Build an adapter, start it as its config says, and make it the active one."""
         if name in self.softprompt_methods:
             raise UsageError(f"an adapter '{name}' is attached already; take another name or detach it first")
+        if self.configs and self.heads:
+            head = ", ".join(self.heads)
+            raise UsageError(f"the head ({head}) belongs to the adapter '{self.active}'; detach that one first")
         config = config.resolved(self.width)
         weight: Tensor = self._embedding.weight
         method = config.build(self.width)
@@ -207,6 +214,8 @@ class PromptAdapters(nn.Module):
             if tokenizer is not None:
                 encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
             config.initialise(method, self.width, Vocabulary(weight.detach().cpu(), encode))
+            from softprompts.checkpoint import warm_start
+
             warm_start(method, config)
         self.softprompt_methods[name] = method.to(weight.device).train(self.training)
         self.configs[name] = config
@@ -319,12 +328,13 @@ class PromptAdapters(nn.Module):
         at = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -new:]
         if past == 0:
             self._check_length(method, mask, new)
-        prompt, embeds = method(embeds, at, mask[:, -new:])
+        prompt, embeds = method(embeds, at, mask[:, -new:], prepend=past == 0)
         mask = extended(mask, method.length)
         self._cut = 0
-        if prompt is not None and past == 0:
+        if prompt is not None:
             embeds, self._cut = torch.cat([prompt, embeds], 1), method.length
         kwargs.update(inputs_embeds=embeds, attention_mask=mask)
+        kwargs.pop("cache_position", None)  # older releases pass it, counted without the prompt
         if "position_ids" in kwargs:
             kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
         if kwargs.get("token_type_ids") is not None and self._cut:
@@ -368,34 +378,6 @@ class PromptAdapters(nn.Module):
                 f"prompt_length={method.length} and a text of {slots} tokens exceed the {self._limit} positions of "
                 f"this model; truncate the text to {self._limit - method.length} tokens"
             )
-
-
-def warm_start(method: SoftPrompt, config: MethodConfig) -> None:
-    """Copy prompt and offset from the adapters that `prompt_from` and `offset_from` name.
-
-    Raises:
-        UsageError: a source is missing where the method needs one, cannot be read, or has other sizes.
-    """
-    from softprompts.checkpoint import adapter_folder, read_tensors
-
-    if getattr(config, "source_required", False) and config.prompt_from is None:
-        raise UsageError(f"{config.name} starts from a trained prompt; set prompt_from=FOLDER of a saved adapter")
-    for part, source in (("prompt", config.prompt_from), ("offset", config.offset_from)):
-        if source is None:
-            continue
-        module = getattr(method, part)
-        if module is None:
-            raise UsageError(f"{part}_from={source}: this {config.name} has no {part}; leave {part}_from out")
-        tensors = read_tensors(adapter_folder(Path(source)))
-        start = {key[len(part) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{part}.")}
-        own = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-        theirs = {key: tuple(value.shape) for key, value in start.items()}
-        if own != theirs:
-            raise UsageError(
-                f"{part}_from={source}: its {part} is {theirs or 'missing'}, this one needs {own}; give both the same "
-                f"sizes (a part alone takes the whole budget, beside another part its share)"
-            )
-        module.load_state_dict(start)
 
 
 def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from softprompts.attach import is_encoder_decoder
+from softprompts.attach import head_modules, is_encoder_decoder
 from softprompts.config import ModelSettings
 from softprompts.errors import UsageError
 
@@ -28,6 +28,8 @@ class Backbone:
     kind: Kind
     name: str
     dtype: torch.dtype
+    untrained: tuple[str, ...] = ()
+    """Modules that the checkpoint has no weights for, beside the head: they must be trained and saved with it."""
 
 
 def load_backbone(settings: ModelSettings, num_labels: int | None = None) -> Backbone:
@@ -46,14 +48,24 @@ def load_backbone(settings: ModelSettings, num_labels: int | None = None) -> Bac
         config = transformers.AutoConfig.from_pretrained(source, revision=settings.revision)
         kind = answer_kind(config, settings.head)
         if kind == "classification" and num_labels is None:
-            raise UsageError("head=classification needs a task with labels; this one has open answers")
+            raise UsageError(
+                "a task with open answers needs a model that writes, such as T5 or GPT; this one answers through a "
+                "classification head"
+            )
         if kind == "classification":
             config.num_labels = num_labels
             if num_labels == 1:
                 config.problem_type = "regression"
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=settings.revision)
         dtype = precision(settings.dtype)
-        model = AUTO_CLASSES[kind].from_pretrained(source, config=config, revision=settings.revision, dtype=dtype)
+        model, loaded = AUTO_CLASSES[kind].from_pretrained(
+            source,
+            config=config,
+            revision=settings.revision,
+            dtype=dtype,
+            ignore_mismatched_sizes=kind == "classification",
+            output_loading_info=True,
+        )
     except UsageError:
         raise
     except Exception as error:  # transformers raises a dozen kinds for "no such model"
@@ -64,12 +76,30 @@ def load_backbone(settings: ModelSettings, num_labels: int | None = None) -> Bac
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.requires_grad_(False)
+    if model.can_generate():
+        # Greedy means greedy: a checkpoint's own penalties and length rules stay out.
+        ids = ("decoder_start_token_id", "bos_token_id", "eos_token_id")
+        own = {name: getattr(model.generation_config, name) for name in ids}
+        model.generation_config = transformers.GenerationConfig(**own, pad_token_id=tokenizer.pad_token_id)
+    model.requires_grad_(False).to(default_device())
     if settings.gradient_checkpointing:
         # transformers renamed it within release 5.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return Backbone(model, tokenizer, kind, settings.name, dtype)
+    return Backbone(model, tokenizer, kind, settings.name, dtype, untrained_modules(model, loaded))
+
+
+def default_device() -> torch.device:
+    """Return where models run: the first accelerator, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def untrained_modules(model: Any, loaded: dict[str, Any]) -> tuple[str, ...]:
+    """Return the modules that came out of loading with random weights, the head apart."""
+    keys = [*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])]
+    names = dict.fromkeys(str(key).rpartition(".")[0] for key in keys)
+    heads = tuple(head_modules(model))
+    return tuple(name for name in names if not name.startswith(heads)) if heads else ()
 
 
 AUTO_CLASSES: dict[Kind, Any] = {

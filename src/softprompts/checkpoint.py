@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from softprompts.attach import SLOT, adapters_of, attach, detach
-from softprompts.core import MethodConfig
+from softprompts.attach import SLOT, adapters_of, attach, detach, head_modules
+from softprompts.core import MethodConfig, SoftPrompt
 from softprompts.errors import UsageError
 from softprompts.files import replace, write_text
 from softprompts.registry import method_from_dict
@@ -77,14 +77,21 @@ def load_adapter(model: Any, folder: str | Path, name: str = "default", *, train
             f"{folder} was trained for width {entries['width']} ({entries.get('base_model_name_or_path')}), "
             f"this model has width {width}; load the model it was trained on"
         )
-    attach(model, config, name, initialise=False)
+    saved = entries.get("modules_to_save") or ()
+    further = [module for module in saved if module not in head_modules(model)]
+    if unknown := [module for module in further if module not in dict(model.named_modules())]:
+        raise UsageError(
+            f"{folder} was trained with a module '{unknown[0]}', which this model lacks; load its own class"
+        )
+    attach(model, config, name, also_train=further, initialise=False)
     try:
         restore_adapter(model, folder, name)
     except UsageError:
         detach(model, name)
         raise
     if not trainable:
-        adapters_of(model).method(name).requires_grad_(False)
+        for module in (adapters_of(model).method(name), *map(model.get_submodule, adapters_of(model).heads)):
+            module.requires_grad_(False)
     return model
 
 
@@ -100,6 +107,33 @@ def restore_adapter(model: Any, folder: str | Path, name: str | None = None) -> 
     for head in adapters.heads:
         own = {key[len(head) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{head}.")}
         fill(model.get_submodule(head), own, folder)
+
+
+def warm_start(method: SoftPrompt, config: MethodConfig) -> None:
+    """Copy prompt and offset from the adapters that `prompt_from` and `offset_from` name.
+
+    Raises:
+        UsageError: a source is missing where the method needs one, cannot be read, or has other sizes.
+    """
+    sources = config.sources()
+    if config.source_required and sources["prompt"] is None:
+        raise UsageError(f"{config.name} starts from a trained prompt; set prompt_from=FOLDER of a saved adapter")
+    for part, source in sources.items():
+        if source is None:
+            continue
+        module = getattr(method, part)
+        if module is None:
+            raise UsageError(f"{part}_from={source}: this {config.name} has no {part}; leave {part}_from out")
+        tensors = read_tensors(adapter_folder(Path(source)))
+        start = {key[len(part) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{part}.")}
+        own = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        theirs = {key: tuple(value.shape) for key, value in start.items()}
+        if own != theirs:
+            raise UsageError(
+                f"{part}_from={source}: its {part} is {theirs or 'missing'}, this one needs {own}; give both the same "
+                f"sizes (a part alone takes the whole budget, beside another part its share)"
+            )
+        module.load_state_dict(start)
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:

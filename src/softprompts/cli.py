@@ -313,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     debug = "--debug" in arguments
     try:
-        with _quiet(debug):
+        with _quiet(debug), _first_process_speaks():
             command = typer.main.get_command(app)
             with command.make_context("softprompts", list(arguments)) as context:
                 command.invoke(context)
@@ -366,6 +366,16 @@ def _way_on(arguments: list[str]) -> str:
         return ""
     again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
     return f"; go on with: {shlex.join(['softprompts', *again, '--resume'])}"
+
+
+@contextlib.contextmanager
+def _first_process_speaks() -> Iterator[None]:
+    """Under a launcher of several processes, let only the first one print."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
 
 
 @contextlib.contextmanager

@@ -106,7 +106,8 @@ class EvalSettings(Settings):
     """How answers are scored."""
 
     scoring: Literal["auto", "rank", "generate"] = "auto"
-    """Rank the label words, or generate greedily. auto = the protocol's: clean ranks, paper generates."""
+    """Rank the label words by their summed log-likelihood (words of unequal length are not on equal terms), or
+    generate greedily. auto = the protocol's: clean ranks, paper generates."""
     batch_size: int = Field(64, ge=1)
     """Rows of one evaluation batch."""
     untuned: bool = True
@@ -120,7 +121,7 @@ class RunSettings(Settings):
     """A task of `softprompts list`; leave out with data.path."""
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "accept"})
     """`name` and that method's own settings; `softprompts explain NAME` lists them."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**31)
     """Seed of the start and of the data order; the splits always use 42."""
     data: DataSettings = DataSettings()
     """See DataSettings."""

@@ -109,11 +109,18 @@ class SoftPrompt(nn.Module):
         return self.offset.positions if self.offset is not None else None
 
     def forward(
-        self, embeds: Float[Tensor, "B T D"], at: Int[Tensor, "B T"] | None, mask: Int[Tensor, "B T"]
+        self,
+        embeds: Float[Tensor, "B T D"],
+        at: Int[Tensor, "B T"] | None,
+        mask: Int[Tensor, "B T"],
+        prepend: bool = True,
     ) -> tuple[Float[Tensor, "B P D"] | None, Float[Tensor, "B T D"]]:
-        """Return (prompt of every row or None, embeds + offset), both in the dtype of `embeds`."""
+        """Return (prompt of every row or None, embeds + offset), both in the dtype of `embeds`.
+
+        `prepend=False` spares the prompt, for the later steps of a generation.
+        """
         prompt = None
-        if self.prompt is not None:
+        if self.prompt is not None and prepend:
             prompt = self.prompt(embeds, mask).to(embeds.dtype)
             if prompt.dim() == 2:
                 prompt = prompt.expand(embeds.shape[0], -1, -1)
@@ -151,6 +158,8 @@ class MethodConfig(Settings):
     """Settings of one method; a subclass says which parts it makes for a given model width."""
 
     name: ClassVar[str]
+    source_required: ClassVar[bool] = False
+    """Whether the prompt must start from a trained one."""
 
     prompt_from: str | None = None
     """Saved adapter whose prompt is the start. Read once, when attached: a saved adapter does not need it."""
@@ -176,6 +185,10 @@ class MethodConfig(Settings):
     def num_trainable(self, width: int) -> int:
         """Return the number of trainable scalars for the model width, without building anything."""
         return sum(part.num_trainable for part in (self.prompt_part(width), self.offset_part(width)) if part)
+
+    def sources(self) -> dict[str, str | None]:
+        """Return the saved adapter that each part starts from, None where it starts afresh."""
+        return {"prompt": self.prompt_from, "offset": self.offset_from}
 
     def build(self, width: int) -> SoftPrompt:
         """Return the adapter with uninitialised parameters.
@@ -215,6 +228,17 @@ class CombinedConfig(MethodConfig):
     def name(self) -> str:  # type: ignore[override]
         """The two names, joined by a plus sign."""
         return f"{self.prompt.name}+{self.offset.name}"
+
+    @property
+    def source_required(self) -> bool:  # type: ignore[override]
+        """As the method of the prompt says."""
+        return self.prompt.source_required
+
+    def sources(self) -> dict[str, str | None]:
+        return {
+            "prompt": self.prompt_from or self.prompt.prompt_from,
+            "offset": self.offset_from or self.offset.offset_from,
+        }
 
     def resolved(self, width: int) -> CombinedConfig:
         # One length decides the split of the budget; a prompt that leaves it open takes the offset's.

@@ -12,7 +12,7 @@ from torch import Tensor
 from softprompts.backbone import Backbone, decoder_start
 from softprompts.config import DataSettings, RunSettings
 from softprompts.errors import UsageError
-from softprompts.tasks import Example, Task, TaskData, get_task, load_task
+from softprompts.tasks import Example, Task, TaskData, fingerprint, get_task, load_task
 
 IGNORED = -100
 OPEN_TARGET_TOKENS = 20
@@ -31,6 +31,7 @@ class Rows:
     targets: list[list[int]]
     classes: list[float]
     truncated: int
+    targets_cut: int = 0
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -57,7 +58,7 @@ class Encoder:
             return Rows(examples, [], [], [], 0)
         tokenizer = self.backbone.tokenizer
         causal = self.backbone.kind == "causal"
-        cue = tokenizer(ANSWER_CUE, add_special_tokens=False)["input_ids"] if causal else []
+        cue = cue_ids(self.backbone) if causal else []
         full = tokenizer([example.source for example in examples], add_special_tokens=not causal)["input_ids"]
         room = self.max_source - len(cue)
         if causal:
@@ -67,14 +68,16 @@ class Encoder:
         else:
             sources = [ids if len(ids) <= room else cut(ids, room, tokenizer) for ids in full]
         targets = [self.encode_target(example.target) for example in examples]
+        targets_cut = 0
         if self.task.label_words is None and self.backbone.kind != "classification":
-            most = self.max_target
-            targets = [ids if len(ids) <= most else [*ids[: most - 1], ids[-1]] for ids in targets]
+            most, end = self.max_target, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+            targets_cut = sum(len(ids) > most for ids in targets)
+            targets = [ids if len(ids) <= most else ids[: most - len(end)] + end for ids in targets]
         longest = max(len(ids) for ids in targets)
         if longest > self.max_target and self.backbone.kind != "classification":
             raise UsageError(f"a target of {longest} tokens exceeds data.max_target_tokens={self.max_target}; raise it")
         classes = [float(e.value if e.label is None and e.value is not None else e.label or 0) for e in examples]
-        return Rows(examples, sources, targets, classes, sum(len(ids) > room for ids in full))
+        return Rows(examples, sources, targets, classes, sum(len(ids) > room for ids in full), targets_cut)
 
     def encode_target(self, text: str) -> list[int]:
         """Return a target's ids with the end-of-text id."""
@@ -130,7 +133,18 @@ def make_encoder(backbone: Backbone, task: Task, settings: DataSettings, reach: 
         reach -= max_target
     if reach is not None and reach < max_source:
         max_source, limited_by = reach, "method.offset_positions, or the model's own positions"
+    least = len(cue_ids(backbone)) + 4 if backbone.kind == "causal" else 4
+    if max_source < least:
+        raise UsageError(
+            f"only {max_source} tokens are left for the text ({limited_by}); it takes at least {least}: raise that "
+            f"limit or shorten the prompt"
+        )
     return Encoder(backbone, task, max_source, max_target, settings.padding == "max", limited_by)
+
+
+def cue_ids(backbone: Backbone) -> list[int]:
+    """Return the tokens between text and answer for a decoder-only model."""
+    return backbone.tokenizer(ANSWER_CUE, add_special_tokens=False)["input_ids"]
 
 
 def load_data(settings: RunSettings, splits: Sequence[str] = ("train", "validation", "test")) -> TaskData:
@@ -162,7 +176,9 @@ def load_data(settings: RunSettings, splits: Sequence[str] = ("train", "validati
     for name in splits:
         limit = getattr(data, f"{name}_limit")
         if limit is not None:
-            setattr(loaded, name, getattr(loaded, name)[:limit])
+            kept = getattr(loaded, name)[:limit]
+            setattr(loaded, name, kept)
+            loaded.provenance[name] |= {"examples": len(kept), "sha256": fingerprint(kept)}
         if not getattr(loaded, name):
             raise UsageError(f"{loaded.task.name}: the {name} split is empty; nothing can be trained or scored")
     return loaded
@@ -176,12 +192,16 @@ def num_labels(task: Any) -> int | None:
 
 
 def truncation_notes(splits: dict[str, Rows], encoder: Encoder) -> list[str]:
-    """Say how many texts were cut."""
-    return [
-        f"{rows.truncated} of {len(rows)} {name} texts were cut to {encoder.max_source} tokens ({encoder.limited_by})"
-        for name, rows in splits.items()
-        if rows.truncated
-    ]
+    """Say how many texts and targets were cut."""
+    notes = []
+    for name, rows in splits.items():
+        if rows.truncated:
+            where = f"{encoder.max_source} tokens ({encoder.limited_by})"
+            notes.append(f"{rows.truncated} of {len(rows)} {name} texts were cut to {where}")
+        if rows.targets_cut:
+            where = f"{encoder.max_target} tokens (data.max_target_tokens)"
+            notes.append(f"{rows.targets_cut} of {len(rows)} {name} targets were cut to {where}")
+    return notes
 
 
 def cut(ids: list[int], room: int, tokenizer: Any) -> list[int]:

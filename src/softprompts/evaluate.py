@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from softprompts.backbone import Backbone, decoder_start
 from softprompts.data import IGNORED, Encoder, Rows, eval_batches, pad
+from softprompts.errors import UsageError
 from softprompts.tasks.base import Example, Protocol, Task
 
 Scoring = Literal["rank", "generate", "head"]
@@ -28,11 +29,18 @@ class Evaluation:
 
 
 def scoring_for(backbone: Backbone, task: Task, protocol: Protocol, wanted: str) -> Scoring:
-    """Decide how a task is scored: `auto` follows the protocol, a head decides for itself."""
-    if backbone.kind == "classification":
-        return "head"
-    if task.label_words is None:
-        return "generate"
+    """Decide how a task is scored: `auto` follows the protocol, a head decides for itself.
+
+    Raises:
+        UsageError: a wish that the task or the model cannot fulfil.
+    """
+    possible: Scoring | None
+    possible = "head" if backbone.kind == "classification" else "generate" if task.label_words is None else None
+    if possible is not None:
+        if wanted not in ("auto", possible):
+            reason = "a head answers" if possible == "head" else "the answers are open"
+            raise UsageError(f"eval.scoring={wanted} cannot be had: {reason}; leave it at auto")
+        return possible
     if wanted == "auto":
         return "generate" if protocol == "paper" else "rank"
     return "rank" if wanted == "rank" else "generate"
@@ -99,11 +107,16 @@ def to_device(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
 
 
 def generate(encoder: Encoder, rows: Rows, chosen: Sequence[int]) -> list[str]:
-    """Generate greedily, one token beyond the longest target, so that a longer answer counts as wrong."""
+    """Generate greedily.
+
+    One token beyond the longest label word, so that a longer answer counts as wrong; for open answers one less than
+    the longest target, which leaves out its end of text (the reference's length of 20 with the start token).
+    """
+    beyond = 1 if encoder.task.label_words is not None else -1
     model, tokenizer = encoder.backbone.model, encoder.backbone.tokenizer
     inputs = to_device(encoder.inputs(rows, chosen), model)
     out = model.generate(
-        **inputs, max_new_tokens=encoder.max_target + 1, do_sample=False, num_beams=1, pad_token_id=encoder.pad_id
+        **inputs, max_new_tokens=encoder.max_target + beyond, do_sample=False, num_beams=1, pad_token_id=encoder.pad_id
     )
     if encoder.backbone.kind == "causal":
         out = out[:, inputs["input_ids"].shape[1] :]

@@ -37,8 +37,11 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file; name a folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    # Hidden files may be what a kill left of a file being written.
+    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
         return
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other; leave one out")
     if not (resume or overwrite):
         raise UsageError(
             f"output folder {folder} exists and is not empty; continue it with --resume, replace it with "
@@ -50,8 +53,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 
 def clear_folder(folder: Path) -> None:
     """Remove the files of an earlier run, and only those."""
-    for name in OURS:
-        path = folder / name
+    for path in (*(folder / name for name in OURS), *(left for name in OURS for left in folder.glob(f".{name}.*"))):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -131,7 +133,7 @@ def new_record(
             "sizes": {name: len(rows) for name, rows in splits.items()},
             "truncated": {name: rows.truncated for name, rows in splits.items()},
             "provenance": data.provenance,
-            "defects": list(data.task.defects(data.protocol)),
+            "defects": list(data.defects),
             "notes": list(data.notes),
         },
         "environment": environment(str(backbone.model.device), str(backbone.dtype).removeprefix("torch.")),
@@ -161,7 +163,7 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """Return the peak memory of this process in bytes (of the accelerator where there is one)."""
+    """Return the peak memory in bytes: of the accelerator since the run began, or of this process since its start."""
     import torch
 
     if torch.cuda.is_available():
@@ -174,4 +176,4 @@ def peak_memory() -> int:
 
 def folder_bytes(folder: Path) -> int:
     """Return the size of the files in a folder."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    return sum(path.stat().st_size for path in folder.glob("[!.]*") if path.is_file())

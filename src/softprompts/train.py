@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from softprompts import results
@@ -70,7 +70,7 @@ class State:
 
 def train(
     settings: RunSettings,
-    out: Path,
+    out: str | Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -82,10 +82,11 @@ def train(
         UsageError: settings, data or folder that cannot be used; nothing is written then.
         SoftPromptsError: the loss is not a number, or the disk refuses.
     """
-    progress = progress or Progress()
+    out, progress = Path(out), progress or Progress()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    earlier = None
     if resume and (out / results.RECORD).exists():
-        record = results.read_record(out)
+        record = earlier = results.read_record(out)
         if record["settings"] != settings.model_dump(mode="json"):
             raise UsageError(f"{out} was begun with other settings; resume with --out alone, or take --overwrite")
         if record["status"] == "done":
@@ -95,7 +96,14 @@ def train(
     torch.manual_seed(settings.seed)
     task_data = load_data(settings)
     backbone = load_backbone(settings.model, num_labels(task_data.task))
-    attach(backbone.model, settings.method_config(), tokenizer=backbone.tokenizer)
+    attach(
+        backbone.model,
+        settings.method_config(),
+        tokenizer=backbone.tokenizer,
+        also_train=backbone.untrained,
+        # A saved state holds the weights: the adapters they started from may be gone.
+        initialise=not (resume and (out / results.STATE).exists()),
+    )
     if not trainable(backbone):
         raise UsageError(f"method '{settings.method['name']}' trains nothing here; take a prompt method, or a head")
     encoder = make_encoder(backbone, task_data.task, settings.data, adapters_of(backbone.model).longest_text)
@@ -104,6 +112,13 @@ def train(
         progress.note(note)
 
     record = results.new_record(settings, task_data, backbone, splits, named_trainable(backbone))
+    if earlier is not None and earlier["data"]["provenance"] != record["data"]["provenance"]:
+        raise UsageError(f"the data have changed since {out} was begun; take --overwrite to begin again")
+    # Every process draws its own dropout; the first one's numbers are those of a run alone.
+    if accelerator.process_index:
+        torch.manual_seed(settings.seed + 7919 * accelerator.process_index)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     if accelerator.is_main_process:
         if overwrite and not resume:
             results.clear_folder(out)
@@ -112,11 +127,12 @@ def train(
     run = Run(settings, out, encoder, splits, accelerator, progress)
     try:
         run.steps()
-    except SoftPromptsError as error:
+        record = run.finish(record, task_data)
+    except Exception as error:
         if accelerator.is_main_process:
-            results.write_record(out, {**record, "status": "failed", "error": str(error)})
+            with suppress(SoftPromptsError):
+                results.write_record(out, {**record, "status": "failed", "error": f"{type(error).__name__}: {error}"})
         raise
-    record = run.finish(record, task_data)
     if accelerator.is_main_process:
         results.write_record(out, record)
         (out / results.STATE).unlink(missing_ok=True)
@@ -152,7 +168,7 @@ class Run:
         self.progress.advance(self.state.step)
         self.backbone.model.train()
         begun = time.perf_counter()
-        while self.state.step < plan.steps:
+        while self.state.step < plan.steps and not self.out_of_patience():
             self.step(plan)
             done = self.state.step
             evaluates = done % plan.eval_steps() == 0 or done == plan.steps
@@ -166,9 +182,14 @@ class Run:
                 if saves:
                     self.save_state()
                 begun = time.perf_counter()
-            if plan.patience is not None and self.state.stale >= plan.patience:
-                self.progress.note(f"stopped at step {done}: {plan.patience} evaluations without a better score")
-                break
+        if self.out_of_patience():
+            text = f"stopped at step {self.state.step}: {plan.patience} evaluations without a better score"
+            self.progress.note(text)
+
+    def out_of_patience(self) -> bool:
+        """Whether the last evaluations brought nothing."""
+        patience = self.settings.train.patience
+        return patience is not None and self.state.stale >= patience
 
     def step(self, plan: TrainSettings) -> None:
         """One optimizer step on one batch, cut into `accumulate` pieces and shared among processes."""
@@ -179,10 +200,10 @@ class Run:
         size = -(-len(mine) // plan.accumulate)
         pieces = [mine[i : i + size] for i in range(0, len(mine), size)]
         total = self.weight(chosen)
+        self.state.tokens += sum(len(self.splits["train"].sources[i]) for i in chosen)
         loss_sum = torch.zeros((), device=self.accelerator.device)
         for number, piece in enumerate(pieces, 1):
             inputs, labels = self.encoder.batch(self.splits["train"], piece)
-            self.state.tokens += counts * int(inputs["attention_mask"].sum())
             last = number == len(pieces)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 inputs, labels = to_device(inputs, self.backbone.model), labels.to(self.accelerator.device)
@@ -298,20 +319,28 @@ class Run:
         if not path.exists():
             self.keep_steps()
             return
-        with safe_open(path, "pt") as file:
-            self.state = State(**json.loads(file.metadata()["state"]))
-            torch.set_rng_state(file.get_tensor("rng"))
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state(file.get_tensor("rng.cuda"))
-            with torch.no_grad():
-                for name, parameter in named_trainable(self.backbone):
-                    parameter.copy_(file.get_tensor(f"value.{name}"))
-                    self.optimizer.state[parameter] = {
-                        key: file.get_tensor(f"{key}.{name}").to(parameter.device if key != "step" else "cpu")
-                        for key in ("step", "exp_avg", "exp_avg_sq")
-                    }
+        try:
+            with safe_open(path, "pt") as file:
+                self.read_state(file)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{path} is damaged ({error}); begin again with --overwrite") from None
         self.keep_steps()
         self.progress.note(f"resumed at step {self.state.step}")
+
+    def read_state(self, file: Any) -> None:
+        """Take over the step, the random state, the weights and AdamW's moments."""
+        self.state = State(**json.loads(file.metadata()["state"]))
+        if self.accelerator.is_main_process:
+            torch.set_rng_state(file.get_tensor("rng"))
+            if torch.cuda.is_available() and "rng.cuda" in file.keys():  # noqa: SIM118 (not a dict)
+                torch.cuda.set_rng_state(file.get_tensor("rng.cuda"))
+        with torch.no_grad():
+            for name, parameter in named_trainable(self.backbone):
+                parameter.copy_(file.get_tensor(f"value.{name}"))
+                self.optimizer.state[parameter] = {
+                    key: file.get_tensor(f"{key}.{name}").to(parameter.device if key != "step" else "cpu")
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
 
     def keep_steps(self) -> None:
         """Forget the log of steps that a killed run took beyond its saved state."""

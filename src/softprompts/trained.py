@@ -81,7 +81,7 @@ class Trained:
         return rows
 
 
-def open_trained(path: Path, overrides: Sequence[tuple[str, Any]] = ()) -> Trained:
+def open_trained(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> Trained:
     """Load the backbone and the adapter of a run's folder, or of a bare adapter folder.
 
     Args:
@@ -91,6 +91,7 @@ def open_trained(path: Path, overrides: Sequence[tuple[str, Any]] = ()) -> Train
     Raises:
         UsageError: no adapter there, or a backbone that cannot be loaded.
     """
+    path = Path(path)
     folder = adapter_folder(path)
     _, entries = read_config(folder)
     run = entries.get(RUN_ENTRY)

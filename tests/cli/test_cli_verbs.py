@@ -239,3 +239,10 @@ def test_demo_compares_methods_and_says_what_next(tmp_path: Path, monkeypatch: p
     assert [row["name"] for row in again.json["rows"]][2:] == ["prompt_tuning", "accept"]
     tried = call(*commands[0][1:])
     assert json.loads(tried.out)["label"] in ("negative", "positive")
+
+
+def test_only_the_first_of_several_processes_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    silent = call("list", "methods")
+    assert (silent.code, silent.out, silent.err) == (0, "", "")
+    assert call("list", "mehods").error, "errors are told by every process"

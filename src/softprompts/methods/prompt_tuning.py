@@ -10,9 +10,10 @@ The simplest soft prompt: a table of P vectors of width D, trained directly.
 spend the rest on an offset, ACCEPT writes it with codebooks. Try it first when one wants no second learning
 rate; try ACCEPT when prompts must be small.
 
-**Differs.** The start is drawn from frequent vocabulary rows, in the scale of the embeddings, because N(0, 1)
-does not learn on backbones with small embeddings (test_methods: `test_vocabulary_start_uses_rows`).
-`init="uniform"` is Lester's +-0.5, `init="gaussian"` with `init_std=1` is DePT's RANDOM.
+**Differs.** The start is drawn from frequent vocabulary rows, in the scale of the embeddings, because users
+of PEFT report that N(0, 1) does not learn on backbones with small embeddings (test_methods:
+`test_vocabulary_start_uses_rows`). `init="uniform"` is Lester's +-0.5, `init="gaussian"` with `init_std=1` is
+DePT's RANDOM.
 """
 
 from __future__ import annotations
