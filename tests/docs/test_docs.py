@@ -16,6 +16,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ SHRINK = shlex.split(
 NO_RUN = {
     ("README.md", "make demo"): "installs packages and trains for minutes",
     ("README.md", "softprompts train --data reviews.csv"): "a file of the reader, and a model of the hub",
+    (
+        "docs/results.md",
+        "softprompts train --task glue/mrpc",
+    ): "a data set that is not shipped, and a minute of training",
     ("docs/own-data.md", "softprompts train --data cornell-movie-review-data/"): "a data set of the hub",
 }
 """Every block that is not run, by its page and beginning, with the reason."""
@@ -108,7 +113,7 @@ def folder_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 def test_the_examples_of_a_page(page: Path) -> None:
     namespace: dict[str, Any] = {"__name__": "example"}
     listed = blocks(page)
-    for block, following in zip(listed, [*listed[1:], None], strict=True):
+    for block, following in zip_longest(listed, listed[1:]):
         expected = following.body if following is not None and following.language == "text" else None
         if block.file is not None:
             Path(block.file).write_text(block.body, encoding="utf-8")
@@ -255,3 +260,18 @@ def test_generated_blocks_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> 
 def test_pages_speak_of_the_library_only(page: Path) -> None:
     banned = re.findall(r"\b(?:sessions?|workplace|todo|fixme)\b|/work/|/tmp/", page.read_text("utf-8"), re.IGNORECASE)
     assert not banned, banned
+
+
+def test_results_are_those_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number of docs/results.md comes from a committed run record, and no run is half done."""
+    page = (DOCS / "results.md").read_text(encoding="utf-8")
+    specification = importlib.util.spec_from_file_location("small", ROOT / "experiments" / "small.py")
+    assert specification is not None and specification.loader is not None
+    small = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "small", small)
+    specification.loader.exec_module(small)
+    tables = re.search(r"<!-- tables -->\n(.*)<!-- /tables -->", page, re.DOTALL)
+    assert tables is not None and tables[1].strip() == small.tables().strip()
+    planned = {run.folder for run in small.plan()}
+    done = {path.parent for path in (ROOT / "results").rglob("run.json")}
+    assert done == planned and "READING" not in page
