@@ -344,6 +344,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("llama", ("model.head=classification",), "head"),
         ("bert", (), "head"),
         ("t5", ("model.gradient_checkpointing=true",), "rank"),
+        ("t5", ("model.dtype=bf16",), "rank"),
+        ("bert", ("model.dtype=bf16",), "head"),
     ],
 )
 def test_every_architecture_trains_and_comes_back(
