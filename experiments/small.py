@@ -47,8 +47,8 @@ ENCODER_LINK = "runs/minilm"
 ENCODER_SETTINGS = {
     "model.name": ENCODER_LINK,
     "model.head": "classification",
-    "train.eval_every": 75,
-    "train.prompt_rate": 0.2,
+    "train.eval_every": 200,
+    "train.prompt_rate": 0.05,
     "train.offset_rate": 5e-3,
     "train.head_rate": 1e-2,
 }
@@ -57,7 +57,7 @@ ENCODER_METHODS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"budget_tokens": 20},
     "accept": {"prompt_length": 10, "budget_tokens": 20, "offset_positions": 128},
 }
-ENCODER_STEPS = {"glue/sst2": 300, "glue/mrpc": 150}
+ENCODER_STEPS = {"glue/sst2": 1000, "glue/mrpc": 400}
 
 
 @dataclass(frozen=True)
