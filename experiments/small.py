@@ -47,8 +47,6 @@ ENCODER_LINK = "runs/minilm"
 ENCODER_SETTINGS = {
     "model.name": ENCODER_LINK,
     "model.head": "classification",
-    "train.eval_every": 200,
-    "train.prompt_rate": 0.05,
     "train.offset_rate": 5e-3,
     "train.head_rate": 1e-2,
 }
@@ -57,7 +55,10 @@ ENCODER_METHODS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"budget_tokens": 20},
     "accept": {"prompt_length": 10, "budget_tokens": 20, "offset_positions": 128},
 }
-ENCODER_STEPS = {"glue/sst2": 1000, "glue/mrpc": 400}
+ENCODER_TASKS: dict[str, dict[str, Any]] = {
+    "glue/sst2": {"train.steps": 1000, "train.eval_every": 200, "train.prompt_rate": 0.05},
+    "glue/mrpc": {"train.steps": 150, "train.eval_every": 75, "train.prompt_rate": 0.2},
+}
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ def plan() -> Iterator[Planned]:
         for task in NANO_TASKS:
             for method, sizes in METHODS.items():
                 yield Planned("t5-nano", task, method, seed, settings_of(task, method, sizes, seed, NANO))
-        for task, steps in ENCODER_STEPS.items():
+        for task, own in ENCODER_TASKS.items():
             for method, sizes in ENCODER_METHODS.items():
-                more = {**ENCODER_SETTINGS, "train.steps": steps}
+                more = {**ENCODER_SETTINGS, **own}
                 yield Planned("minilm", task, method, seed, settings_of(task, method, sizes, seed, more))
 
 
