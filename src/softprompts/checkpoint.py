@@ -105,8 +105,7 @@ def restore_adapter(model: Any, folder: str | Path, name: str | None = None) -> 
     adapters, tensors = adapters_of(model), read_tensors(folder)
     fill(adapters.method(name), {k: v for k, v in tensors.items() if k.startswith(("prompt.", "offset."))}, folder)
     for head in adapters.heads:
-        own = {key[len(head) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{head}.")}
-        fill(model.get_submodule(head), own, folder)
+        fill(model.get_submodule(head), under(tensors, head), folder)
 
 
 def warm_start(method: SoftPrompt, config: MethodConfig) -> None:
@@ -124,8 +123,7 @@ def warm_start(method: SoftPrompt, config: MethodConfig) -> None:
         module = getattr(method, part)
         if module is None:
             raise UsageError(f"{part}_from={source}: this {config.name} has no {part}; leave {part}_from out")
-        tensors = read_tensors(adapter_folder(Path(source)))
-        start = {key[len(part) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{part}.")}
+        start = under(read_tensors(adapter_folder(Path(source))), part)
         own = {key: tuple(value.shape) for key, value in module.state_dict().items()}
         theirs = {key: tuple(value.shape) for key, value in start.items()}
         if own != theirs:
@@ -134,6 +132,11 @@ def warm_start(method: SoftPrompt, config: MethodConfig) -> None:
                 f"sizes (a part alone takes the whole budget, beside another part its share)"
             )
         module.load_state_dict(start)
+
+
+def under(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the tensors of one part or module, without its name in their keys."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softprompts import results
 from softprompts.attach import adapters_of, attach, disabled
-from softprompts.backbone import Backbone, load_backbone
+from softprompts.backbone import Backbone, default_device, load_backbone
 from softprompts.checkpoint import restore_adapter, save_adapter, write_tensors
 from softprompts.config import RunSettings, TrainSettings
 from softprompts.data import (
@@ -83,7 +83,7 @@ def train(
         SoftPromptsError: the loss is not a number, or the disk refuses.
     """
     out, progress = Path(out), progress or Progress()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=default_device().type == "cpu")
     earlier = None
     if resume and (out / results.RECORD).exists():
         record = earlier = results.read_record(out)
