@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from softprompts.attach import head_modules, is_encoder_decoder
 from softprompts.config import ModelSettings
 from softprompts.errors import UsageError
+from softprompts.shapes import head_modules, is_encoder_decoder
 
 Kind = Literal["seq2seq", "causal", "classification"]
 EMBEDDED = "t5-nano"

@@ -11,12 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from softprompts.attach import SLOT, adapters_of, attach, detach, head_modules
+from softprompts.attach import adapters_of, attach, detach
 from softprompts.core import MethodConfig, SoftPrompt
 from softprompts.errors import UsageError
 from softprompts.files import replace, write_text
 from softprompts.registry import method_from_dict
 from softprompts.results import ADAPTER
+from softprompts.shapes import SLOT, head_modules
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -109,7 +109,8 @@ def new_record(
     settings: RunSettings, data: TaskData, backbone: Backbone, splits: Mapping[str, Rows], trained: Sequence[Any]
 ) -> dict[str, Any]:
     """Return the part of the run record that is known before the first step."""
-    from softprompts.attach import SLOT, adapters_of
+    from softprompts.attach import adapters_of
+    from softprompts.shapes import SLOT
 
     adapters = adapters_of(backbone.model)
     config = adapters.configs["default"]

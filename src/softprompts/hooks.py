@@ -1,0 +1,359 @@
+"""What a prompted model does differently: forward hooks on the transformer below the head, and `generate`.
+
+The hooks embed the ids, add the offset, prepend the prompt and extend the mask; on the way out they cut the prompt's
+positions off again. So the head sees as many positions as the input has, and labels and answer spans need no
+shifting. Three shapes:
+
+    encoder-decoder   the encoder is prompted; the decoder only learns that its memory is P longer
+    encoder only      text is moved to the front of its row, prompted, and put back where it was
+    decoder only      prompt, positions counted in real tokens; later steps of a generation extend the mask
+
+Padding changes nothing: encoders see `[prompt; text; padding]` whatever the padding side was, decoders get positions
+counted over real tokens, and offsets follow the position in the text.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softprompts.core import SoftPrompt
+from softprompts.errors import UsageError
+from softprompts.rows import Selection
+from softprompts.shapes import classifies_rows, is_decoder_only, is_encoder_decoder, position_limit
+
+
+class Hooks:
+    """The hooks of one model; `choose` says which adapters the rows of a batch use, None for none."""
+
+    def __init__(self, model: Any, embedding: nn.Module, choose: Callable[[int], Selection | None]) -> None:
+        self._model = model
+        self._embedding = embedding
+        self._choose = choose
+        self._handles: list[Any] = []
+        self._order: Tensor | None = None
+        self._packed: Tensor | None = None
+        self._cut = 0
+        self._generating = False
+        self._keep_front = classifies_rows(model)
+        self._limit = position_limit(model)
+
+    @property
+    def position_limit(self) -> int | None:
+        """The most positions the backbone has, None if they have no end."""
+        return self._limit
+
+    def register(self) -> None:
+        """Hook the model."""
+        model = self._model
+        if is_encoder_decoder(model):
+            self._hook(model.get_encoder(), self._before_encoder)
+            self._hook(model.get_decoder(), self._before_cross_attention)
+        elif is_decoder_only(model):
+            self._hook(model.base_model, self._before_decoder, self._after)
+            if model.can_generate():
+                model.generate = self.generate
+        else:
+            self._hook(model.base_model, self._before_encoder, self._after)
+
+    def remove(self) -> None:
+        """Unhook the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._model.__dict__.pop("generate", None)
+
+    def watch(self, head: nn.Module) -> None:
+        """Give a head that is kept in fp32 its own dtype on a backbone of lower precision."""
+        self._handles.append(head.register_forward_pre_hook(to_own_dtype))
+
+    def _hook(self, module: nn.Module, before: Callable, after: Callable | None = None) -> None:
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if after is not None:
+            self._handles.append(module.register_forward_hook(after))
+
+    def _chosen(self, ids: Tensor | None, embeds: Tensor | None) -> Selection | None:
+        given = ids if embeds is None else embeds
+        return None if given is None else self._choose(given.shape[0])
+
+    def _before_encoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        kwargs = by_name(module, args, kwargs)
+        ids, embeds, mask = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None), kwargs["attention_mask"]
+        self._order, self._packed, self._cut = None, None, 0
+        selection = self._chosen(ids, embeds)
+        if selection is None:
+            return None
+        types = kwargs.get("token_type_ids")
+        refuse(kwargs.get("position_ids") is not None, "position_ids", "leave them out: they follow from the mask")
+        if mask is not None:
+            check_mask(mask)
+            # Text first, padding last, so that nothing stands between the prompt and the text.
+            self._order = (mask == 0).int().argsort(dim=1, stable=True)
+            mask, ids, types, embeds = (sorted_by(self._order, x) for x in (mask, ids, types, embeds))
+        embeds = self._embedding(ids) if embeds is None else embeds
+        mask = ones_for(embeds) if mask is None else mask
+        self._check_length(selection, mask, embeds.shape[1])
+        prompt, embeds = selection(embeds, None, mask)
+        if prompt is not None:
+            self._cut = prompt.shape[1]
+            embeds, mask = torch.cat([prompt, embeds], 1), selection.extended(mask)
+            if types is not None:
+                types = torch.cat([types.new_zeros(len(types), self._cut), types], 1)
+            if selection.mixed:
+                # Prompts of several lengths: each row begins at the first position, as it would alone.
+                self._packed = (mask == 0).int().argsort(dim=1, stable=True)
+                mask, types, embeds = (sorted_by(self._packed, x) for x in (mask, types, embeds))
+        kwargs.update(inputs_embeds=embeds, attention_mask=mask)
+        if types is not None:
+            kwargs["token_type_ids"] = types
+        return (), kwargs
+
+    def _before_cross_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        kwargs = by_name(module, args, kwargs)
+        mask, memory = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
+        if mask is None or memory is None:
+            return None
+        selection = self._choose(memory.shape[0])
+        if selection is None or memory.shape[1] != mask.shape[1] + selection.length:
+            return None  # bare, or the caller encoded without the prompt
+        kwargs["encoder_attention_mask"] = selection.extended(mask).sort(dim=1, descending=True).values
+        return (), kwargs
+
+    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        kwargs = by_name(module, args, kwargs)
+        ids, embeds, mask = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None), kwargs["attention_mask"]
+        self._cut = 0
+        selection = self._chosen(ids, embeds)
+        if selection is None or (self._generating and embeds is not None):
+            return None  # bare, or `generate` has prompted these embeddings
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        embeds = self._embedding(ids) if embeds is None else embeds
+        new = embeds.shape[1]
+        if self._generating:
+            at = text_positions(selection, embeds, mask, kwargs.get("position_ids"), past)
+            kwargs["inputs_embeds"] = selection(embeds, at, ones_for(embeds), prepend=False)[1]
+            return (), kwargs
+        if mask is None:
+            refuse(past == 0 and restarts(kwargs.get("position_ids")), "packed position_ids", "pass one text per row")
+            mask = ones_for(embeds, new + max(past - selection.length, 0))
+        check_mask(mask)
+        at = positions(mask)[:, -new:]
+        if past == 0:
+            self._check_length(selection, mask, new)
+        prompt, embeds = selection(embeds, at, mask[:, -new:], prepend=past == 0)
+        mask = selection.extended(mask)
+        if prompt is not None:
+            embeds, self._cut = torch.cat([prompt, embeds], 1), prompt.shape[1]
+        kwargs.update(inputs_embeds=embeds, attention_mask=mask)
+        kwargs.pop("cache_position", None)  # older releases pass it, counted without the prompt
+        if "position_ids" in kwargs:
+            kwargs["position_ids"] = positions(mask)[:, -embeds.shape[1] :]
+        if kwargs.get("token_type_ids") is not None and self._cut:
+            types = kwargs["token_type_ids"]
+            kwargs["token_type_ids"] = torch.cat([types.new_zeros(len(types), self._cut), types], 1)
+        return (), kwargs
+
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        packed, self._packed = self._packed, None
+        order, self._order = self._order, None
+        if not self._cut and order is None and packed is None:
+            return output
+        hidden = output[0]
+        if packed is not None:
+            hidden = sorted_by(packed.argsort(dim=1), hidden)
+        hidden = hidden[:, self._cut :]
+        pooler = getattr(module, "pooler", None)
+        pooled = None
+        if pooler is not None and self._cut:
+            # The model pooled the prompt's first vector; pool the text's first token, as without a prompt.
+            pooled = pooler(hidden)
+        if order is not None and not self._keep_front:
+            hidden = sorted_by(order.argsort(dim=1), hidden)
+        if isinstance(output, tuple):
+            rest = list(output[1:])
+            if pooled is not None:
+                rest[0] = pooled
+            return (hidden, *rest)
+        output["last_hidden_state"] = hidden
+        if pooled is not None:
+            output["pooler_output"] = pooled
+        return output
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Generate with a decoder-only model: its own `generate`, given the prompted embeddings of the first step.
+
+        So caches of every kind have the right size and masks the right shape, while the logits processors and the
+        result see the text alone; lengths (`max_length`, `min_length`) count the text, without the prompt.
+
+        Raises:
+            UsageError: an option that would look at the prompt as if it were text.
+        """
+        model = self._model
+        plain = type(model).generate
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        ids, embeds, mask = (kwargs.pop(key, None) for key in ("input_ids", "inputs_embeds", "attention_mask"))
+        if ids is None and embeds is None:
+            bos = option(model, kwargs, "bos_token_id")
+            refuse(bos is None, "generate() without any input", "pass input_ids or inputs_embeds")
+            ids = torch.full((1, 1), bos, dtype=torch.long, device=model.device)
+        selection = self._choose(len(ids if embeds is None else embeds))
+        if selection is None or kwargs.get("custom_generate") is not None:
+            given = {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask}
+            return plain(model, **kwargs, **{key: value for key, value in given.items() if value is not None})
+        refuse(kwargs.get("assistant_model") is not None, "assistant_model", "use prompt_lookup_num_tokens")
+        for name, off in (("prefill_chunk_size", None), ("encoder_repetition_penalty", 1.0)):
+            refuse(option(model, kwargs, name) not in (None, off), name, "leave it out")
+        embeds = self._embedding(ids) if embeds is None else embeds
+        mask = default_mask(model, kwargs, ids, embeds) if mask is None else mask
+        check_mask(mask)
+        self._check_length(selection, mask, embeds.shape[1])
+        text = embeds.shape[1] if ids is None else ids.shape[1]
+        prompt, embeds = selection(embeds, positions(mask), mask)
+        if prompt is not None:
+            embeds = torch.cat([prompt, embeds], 1)
+            if kwargs.get("token_type_ids") is not None:
+                types = kwargs["token_type_ids"]
+                kwargs["token_type_ids"] = torch.cat([types.new_zeros(len(types), prompt.shape[1]), types], 1)
+        count_text(model, kwargs, text)
+        kwargs.pop("position_ids", None)  # they follow from the mask
+        # Prompt lookup crops the cache to the length of the ids, which must then be the length of the embeddings.
+        lookup = option(model, kwargs, "prompt_lookup_num_tokens") is not None
+        if ids is not None and not lookup:
+            kwargs["input_ids"] = ids
+        self._generating = True
+        try:
+            out = plain(model, inputs_embeds=embeds, attention_mask=selection.extended(mask), **kwargs)
+        finally:
+            self._generating = False
+        return with_text(out, ids) if lookup and ids is not None else out
+
+    def _check_length(self, selection: Selection, mask: Tensor, slots: int) -> None:
+        """Refuse texts beyond the offset's table or the model's positions. Looks at data only in doubt."""
+        for number, method in enumerate(selection.methods):
+            if method is not None:
+                own = mask if selection.rows is None else mask[list(selection.rows[number])]
+                check_length(method, own, slots, self._limit)
+
+
+def check_length(method: SoftPrompt, mask: Tensor, slots: int, limit: int | None) -> None:
+    """Refuse rows (mask (B, T) of them in T = `slots`) that one adapter cannot take."""
+    reach = method.positions
+    if reach is not None and slots > reach and int(mask.sum(1).max()) > reach:
+        longest = int(mask.sum(1).max())
+        raise UsageError(
+            f"a text of {longest} tokens is longer than offset_positions={reach}; truncate it, or train with "
+            f"offset_positions={longest}"
+        )
+    if limit is not None and slots + method.length > limit:
+        raise UsageError(
+            f"prompt_length={method.length} and a text of {slots} tokens exceed the {limit} positions of "
+            f"this model; truncate the text to {limit - method.length} tokens"
+        )
+
+
+def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """Return all arguments of a forward call by name, with the ones a prompt touches present where accepted."""
+    names = list(inspect.signature(module.forward).parameters)
+    bound = {**dict(zip(names, args, strict=False)), **kwargs}
+    bound.setdefault("attention_mask", None)
+    if "position_ids" in names:
+        bound.setdefault("position_ids", None)
+    return bound
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Return (B, T) positions counted over real tokens, 0 for padding before the text."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def text_positions(
+    selection: Selection, embeds: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int
+) -> Tensor:
+    """Return (B, new): where in its text each token of a generation's later step stands, the prompt not counted."""
+    new = embeds.shape[1]
+    if position_ids is not None:
+        at = position_ids.expand(embeds.shape[0], -1)
+    elif mask is not None and mask.dim() == 2:
+        at = positions(mask)[:, -new:]
+    else:
+        at = (past + torch.arange(new, device=embeds.device)).expand(embeds.shape[0], -1)
+    return (at - selection.lengths(embeds)).clamp(min=0)
+
+
+def sorted_by(order: Tensor, values: Any) -> Any:
+    """Return (B, T) or (B, T, D) values in another order (B, T) of their slots; None stays None."""
+    if values is None:
+        return None
+    return values.gather(1, order if values.dim() == 2 else order.unsqueeze(-1).expand_as(values))
+
+
+def ones_for(embeds: Tensor, length: int | None = None) -> Tensor:
+    """Return the (B, T) mask of an input without padding."""
+    return torch.ones(embeds.shape[0], length or embeds.shape[1], dtype=torch.long, device=embeds.device)
+
+
+def check_mask(mask: Any) -> None:
+    """Refuse masks that do not say which tokens are text."""
+    shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    refuse(not isinstance(mask, Tensor) or mask.dim() != 2, f"an attention mask of shape {shape}", "pass a (B, T) mask")
+
+
+def restarts(position_ids: Tensor | None) -> bool:
+    """Whether explicit positions go back somewhere, as in packed sequences."""
+    return position_ids is not None and bool((position_ids[:, 1:] < position_ids[:, :-1]).any())
+
+
+def refuse(wrong: bool, what: str, way_out: str) -> None:
+    """Raise UsageError if `wrong`."""
+    if wrong:
+        raise UsageError(f"a prompt cannot be used with {what}; {way_out}")
+
+
+def to_own_dtype(module: nn.Module, args: tuple) -> tuple:
+    """Pre-hook of a head kept in fp32 on a backbone of lower precision."""
+    dtype = next(module.parameters()).dtype
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+
+
+def option(model: Any, kwargs: dict, name: str) -> Any:
+    """Return an option of `generate`, where it was said last: in the call, its generation config, or the model's."""
+    for place in (kwargs, vars(kwargs.get("generation_config") or object), vars(model.generation_config)):
+        if place.get(name) is not None:
+            return place[name]
+    return None
+
+
+def count_text(model: Any, kwargs: dict, text: int) -> None:
+    """Write lengths that count the text (T = `text` tokens) as numbers of new tokens, in place."""
+    for length, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        wanted = option(model, kwargs, length)
+        if option(model, kwargs, new) is None and wanted:
+            kwargs[new] = max(wanted - text, 0)
+            if new == "max_new_tokens" and wanted <= text:
+                raise UsageError(f"max_length={wanted} leaves nothing to generate after {text} tokens; raise it")
+            kwargs.pop(length, None)
+
+
+def default_mask(model: Any, kwargs: dict, ids: Tensor | None, embeds: Tensor) -> Tensor:
+    """Return the mask that `generate` itself assumes: pads are not text, unless they also end texts."""
+    pad, eos = (option(model, kwargs, f"{name}_token_id") for name in ("pad", "eos"))
+    ends = eos if isinstance(eos, list | tuple) else [eos]
+    if ids is None or ids.shape[1] != embeds.shape[1] or pad is None or pad in ends or not (ids == pad).any():
+        return ones_for(embeds)
+    return (ids != pad).long()
+
+
+def with_text(out: Any, ids: Tensor) -> Any:
+    """Put the text before generated tokens, as `generate` does when it is given ids."""
+    sequences = out if isinstance(out, Tensor) else out.sequences
+    whole = torch.cat([ids.repeat_interleave(len(sequences) // len(ids), 0), sequences], 1)
+    if isinstance(out, Tensor):
+        return whole
+    out.sequences = whole
+    return out

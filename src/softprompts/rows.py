@@ -1,0 +1,104 @@
+"""Which prompt does each row of a batch use? The one mechanism behind serving, multi-task training and ensembles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from softprompts.core import SoftPrompt
+from softprompts.errors import UsageError, suggest
+
+BASE = "__base__"
+"""Name for rows that use no prompt (PEFT's word for it)."""
+
+
+class Selection:
+    """The adapters of a batch: one for all rows, or one per row (None = no prompt).
+
+    Shorter prompts are filled up with masked zeros on the left, so that every prompt ends where its text begins.
+    """
+
+    def __init__(self, methods: Sequence[SoftPrompt | None], rows: Sequence[Sequence[int]] | None = None) -> None:
+        self.methods = methods
+        self.rows = rows
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the rows may differ."""
+        return self.rows is not None
+
+    @property
+    def length(self) -> int:
+        """P, the longest prompt of the batch."""
+        return max(length_of(method) for method in self.methods)
+
+    def lengths(self, like: Tensor) -> Tensor:
+        """Return (B, 1): the prompt length of each row, on the device of `like` (B, ...)."""
+        lengths = torch.full((like.shape[0], 1), length_of(self.methods[0]), dtype=torch.long, device=like.device)
+        for method, rows in zip(self.methods, self.rows or (), strict=False):
+            lengths[list(rows)] = length_of(method)
+        return lengths
+
+    def extended(self, mask: Int[Tensor, "B T"]) -> Int[Tensor, "B P+T"]:
+        """Put the mask of the prompts before a mask, in its own dtype."""
+        if not self.length:
+            return mask
+        if not self.mixed:
+            return torch.cat([mask.new_ones(mask.shape[0], self.length), mask], 1)
+        slots = torch.arange(self.length, device=mask.device)
+        return torch.cat([(slots >= self.length - self.lengths(mask)).to(mask.dtype), mask], 1)
+
+    def __call__(
+        self,
+        embeds: Float[Tensor, "B T D"],
+        at: Int[Tensor, "B T"] | None,
+        mask: Int[Tensor, "B T"],
+        prepend: bool = True,
+    ) -> tuple[Float[Tensor, "B P D"] | None, Float[Tensor, "B T D"]]:
+        """Return (prompts or None, embeds + offsets), each row as if it were alone; see `SoftPrompt.forward`."""
+        if self.rows is None:
+            method = self.methods[0]
+            assert method is not None, "a batch without any prompt has no selection"
+            return method(embeds, at, mask, prepend)
+        width = self.length if prepend else 0
+        prompts = embeds.new_zeros(embeds.shape[0], width, embeds.shape[2])
+        changed = embeds
+        for method, rows in zip(self.methods, self.rows, strict=True):
+            if method is None:
+                continue
+            index = torch.tensor(rows, device=embeds.device)
+            prompt, own = method(embeds[index], None if at is None else at[index], mask[index], prepend)
+            changed = changed.index_copy(0, index, own)
+            if prompt is not None:
+                filled = nn.functional.pad(prompt, (0, 0, width - prompt.shape[1], 0))
+                prompts = prompts.index_copy(0, index, filled)
+        return prompts if width else None, changed
+
+
+def select(methods: Mapping[str, SoftPrompt], names: Sequence[str], batch: int) -> Selection | None:
+    """Return the selection for `names`, one per row or per `batch / len(names)` rows (beams); None if all are base.
+
+    Raises:
+        UsageError: an unknown name, or a number of names that does not divide the batch.
+    """
+    for name in names:
+        if name != BASE and name not in methods:
+            known = [*methods, BASE]
+            raise UsageError(f"no adapter '{name}'{suggest(name, known)} (known: {', '.join(known)})")
+    repeats, rest = divmod(batch, len(names)) if names else (0, 1)
+    if rest or not repeats:
+        raise UsageError(f"{len(names)} adapter names for a batch of {batch} rows; give one name per row")
+    rows: dict[str, list[int]] = {}
+    for row in range(batch):
+        rows.setdefault(names[row // repeats], []).append(row)
+    if set(rows) == {BASE}:
+        return None
+    return Selection([None if name == BASE else methods[name] for name in rows], list(rows.values()))
+
+
+def length_of(method: SoftPrompt | None) -> int:
+    """Return the prompt length of an adapter, 0 for none."""
+    return 0 if method is None else method.length

@@ -1,0 +1,60 @@
+"""What kind of model is it, where is its head, and how far do its positions reach?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+SLOT = "prompt_adapter"
+"""Name of the one submodule that `attach` adds. PEFT's prefix, `softprompt_`, must not be part of it."""
+TASK_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether the model has an encoder and a decoder of its own."""
+    return bool(model.config.is_encoder_decoder)
+
+
+def is_decoder_only(model: Any) -> bool:
+    """Whether the model reads left to right, with or without a language-modelling head."""
+    if is_encoder_decoder(model):
+        return False
+    import transformers
+
+    config = type(model.config)
+    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.keys()
+    masked = transformers.MODEL_FOR_MASKED_LM_MAPPING.keys()
+    # BERT-like models are listed as causal too, for use as decoders; `is_decoder` says when they are.
+    return config in causal and (config not in masked or bool(getattr(model.config, "is_decoder", False)))
+
+
+def head_modules(model: Any) -> dict[str, nn.Module]:
+    """Return the task head (classifier, span head) of a model, by module name; empty for language models."""
+    if not type(model).__name__.endswith(TASK_HEADS):
+        return {}
+    body = {id(module) for module in (model.base_model, model.get_input_embeddings()) if module is not model}
+    for name in ("encoder", "decoder"):
+        body.add(id(getattr(model, name, None)))
+    return {
+        name: child
+        for name, child in model.named_children()
+        if id(child) not in body and name != SLOT and any(True for _ in child.parameters())
+    }
+
+
+def classifies_rows(model: Any) -> bool:
+    """Whether the model has one answer per row, so that the order of its tokens' states does not matter."""
+    return type(model).__name__.endswith(("ForSequenceClassification", "ForMultipleChoice"))
+
+
+def position_limit(model: Any) -> int | None:
+    """Return the number of positions of a model with a table of them, None where positions have no end."""
+    config: Any = model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    rotary = any(getattr(config, key, None) is not None for key in ("rope_parameters", "rope_scaling", "rope_theta"))
+    if limit is None or rotary:
+        return None
+    # RoBERTa-like tables keep their first rows for padding.
+    reserved = config.pad_token_id + 1 if "roberta" in str(config.model_type) else 0
+    return limit - reserved
