@@ -130,6 +130,11 @@ def embedded_path(name: str) -> str:
     return name
 
 
+def embedded_name(path: str) -> str:
+    """Return the name of the embedded backbone for its folder, any other name unchanged."""
+    return EMBEDDED if path == embedded_path(EMBEDDED) else path
+
+
 def precision(name: str) -> torch.dtype:
     """Return the dtype of the backbone; `auto` is bf16 where the machine multiplies it natively."""
     if name == "auto":

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from softprompts.attach import adapters_of, attach, detach
+from softprompts.card import write_card
 from softprompts.core import MethodConfig, SoftPrompt
 from softprompts.errors import UsageError
 from softprompts.files import replace, write_text
@@ -61,6 +62,7 @@ def save_adapter(
     folder = Path(folder)
     write_tensors(folder / WEIGHTS_FILE, tensors)
     write_text(folder / CONFIG_FILE, json.dumps(entries, indent=2) + "\n")
+    write_card(folder, entries)
     return folder
 
 

@@ -115,10 +115,12 @@ class Hooks:
     def _before_cross_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         kwargs = by_name(module, args, kwargs)
         mask, memory = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
-        if mask is None or memory is None:
+        selection = None if memory is None else self._choose(memory.shape[0])
+        if memory is None or selection is None:
             return None
-        selection = self._choose(memory.shape[0])
-        if selection is None or memory.shape[1] != mask.shape[1] + selection.length:
+        if mask is None and selection.mixed and memory.shape[1] > selection.length:
+            mask = ones_for(memory, memory.shape[1] - selection.length)  # shorter prompts are filled up
+        if mask is None or memory.shape[1] != mask.shape[1] + selection.length:
             return None  # bare, or the caller encoded without the prompt
         kwargs["encoder_attention_mask"] = selection.extended(mask).sort(dim=1, descending=True).values
         return (), kwargs
