@@ -134,8 +134,8 @@ class PromptLayer(PromptAdapters, BaseTunerLayer):
     adapter_layer_names = ("softprompt_methods",)
     other_param_names = ("configs",)
     # BaseTunerLayer looks for those of a wrapped layer; there is none.
-    weight = None
-    bias = None
+    weight = None  # type: ignore[assignment]
+    bias = None  # type: ignore[assignment]
 
     @property
     def active_adapter(self) -> list[str]:
@@ -187,7 +187,7 @@ class PromptLayer(PromptAdapters, BaseTunerLayer):
         raise UsageError("a prompt cannot be merged into the weights of layers; see `softprompts export --to baked`")
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        method = self.softprompt_methods[adapter_name] if adapter_name in self.softprompt_methods else None
+        method = self.methods().get(adapter_name)
         if method is not None and not any(parameter.is_meta for parameter in method.parameters()):
             method.to(self._embedding.weight.device if device is None else device)
 
@@ -197,7 +197,8 @@ class SoftPromptModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = PromptLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping = {}  # noqa: RUF012 (PEFT's annotation)
+    peft_config: dict[str, SoftPromptConfig]  # type: ignore[assignment]
 
     def inject_adapter(
         self,
