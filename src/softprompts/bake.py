@@ -105,7 +105,8 @@ def bake(adapter: str | Path, out: str | Path, model: str | None = None, dtype: 
         adds = adds_prompt(work, tokenizer, ids)
         baked = Baked(out, tuple(ids), tuple(tokens), adds, difference)
         about = {"method": source.config.name, "base_model_name_or_path": model or source.base, **asdict(baked)}
-        write_text(work / ABOUT_FILE, json.dumps({**about, "folder": None}, indent=2) + "\n")
+        del about["folder"]
+        write_text(work / ABOUT_FILE, json.dumps(about, indent=2) + "\n")
         work.chmod(0o755)
         if out.exists():
             out.rmdir()
@@ -366,9 +367,9 @@ def answers(network: Any, ids: Tensor, prompt_ids: Sequence[int] = ()) -> list[T
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     out = network(**inputs)
     names = [name for name in ("logits", "start_logits", "end_logits") if name in out] or ["last_hidden_state"]
-    whole = inputs["input_ids"].shape[1]
     found = [out[name].float() for name in names]
-    return [x[:, front.shape[1] :] if x.dim() > 1 and x.shape[1] == whole else x for x in found]
+    by_token = not is_encoder_decoder(network) and (found[0].dim() == 3 or len(found) == 2)
+    return [x[:, front.shape[1] :] if by_token else x for x in found]
 
 
 def compare(
@@ -383,12 +384,13 @@ def compare(
     for before, after in zip(expected, found, strict=True):
         old = before.shape[-1]
         # Rows of the table that the tokenizer did not use may have become the prompt's.
-        kept = [i for i in range(old) if i not in {*ids}] if before.dim() == 3 else list(range(old))
-        difference = float((before[..., kept] - after[..., :old][..., kept]).abs().max())
+        gap = (before - after[..., :old]).abs()
+        gap[..., [i for i in ids if i < old and gap.dim() == 3]] = 0
+        difference = float(gap.max())
         largest = max(largest, difference)
         if not difference <= tolerance * max(1.0, float(before.abs().max())):
             raise UsageError(
-                f"baking {source.config.name} into this model changes its answers (by {difference:.2g}), so nothing was "
-                f"written; keep the adapter (softprompts.load_adapter, softprompts.peft)"
+                f"baking {source.config.name} into this model changes its answers (by {difference:.2g}), so nothing "
+                f"was written; keep the adapter (softprompts.load_adapter, softprompts.peft)"
             )
     return largest

@@ -5,7 +5,7 @@ What leaves this package depends on what the adapter is:
     prompt-tuning   a table of P vectors without an offset, as a checkpoint that plain PEFT loads
     embeds          the prompt (P, D) as a tensor; `prompt_embeds` gives whole inputs, with the offset in them
     baked           prompt and offset inside an ordinary model folder, see `bake.py`
-    softprompts     the other way: a PROMPT_TUNING checkpoint becomes an adapter of this package
+    softprompts     the other way: a PROMPT_TUNING checkpoint becomes an adapter of this package, see `imports.py`
 
 For encoder-decoder models, `encoder_outputs` hands the prompted encoder's states to the plain model's `generate`.
 """
@@ -19,19 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from softprompts.attach import adapters_of
-from softprompts.backbone import embedded_name, embedded_path
-from softprompts.card import write_card
+from softprompts.backbone import embedded_path
 from softprompts.checkpoint import (
     CONFIG_FILE,
-    OWN,
-    PEFT_TYPE,
     WEIGHTS_FILE,
     adapter_folder,
     fill,
@@ -43,14 +38,10 @@ from softprompts.core import MethodConfig, Offset, PositionOffset, SoftPrompt
 from softprompts.errors import UsageError, suggest
 from softprompts.files import write_text
 from softprompts.hooks import check_length
-from softprompts.methods.prompt_tuning import PromptTuningConfig
 from softprompts.shapes import is_encoder_decoder
 
 TARGETS = ("prompt-tuning", "embeds", "baked", "softprompts")
 EMBEDS_FILE = "prompt_embeds.safetensors"
-OLD_WEIGHTS_FILE = "adapter_model.bin"
-TABLES = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING")
-"""PEFT types whose checkpoint is a table of prompt vectors, or makes one."""
 WRITERS = ("SEQ_2_SEQ_LM", "CAUSAL_LM")
 
 
@@ -134,6 +125,8 @@ def export(
     elif to == "embeds":
         to_embeds(Path(source), Path(out))
     elif to == "softprompts":
+        from softprompts.imports import import_prompt_tuning
+
         import_prompt_tuning(Path(source), Path(out), model, task_id)
     else:
         from softprompts.bake import bake
@@ -287,122 +280,6 @@ def encoder_outputs(model: Any, input_ids: Tensor, attention_mask: Tensor | None
     if selection is not None:
         mask = selection.extended(mask).sort(dim=1, descending=True).values
     return {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
-
-
-def import_prompt_tuning(
-    folder: str | Path, out: str | Path, model: str | None = None, task_id: int | None = None
-) -> Path:
-    """Turn a PEFT PROMPT_TUNING checkpoint, or one task of a MULTITASK_PROMPT_TUNING one, into an adapter of ours.
-
-    The answers are plain PEFT's on texts without padding or padded on the right. Of a T5 checkpoint with two
-    "submodules" the encoder's half is taken: the other one is untrained (PROMPT_TUNING), or in use in training but
-    not in `generate` (MULTITASK_PROMPT_TUNING).
-
-    Args:
-        folder: the checkpoint.
-        out: a new or empty folder.
-        model: backbone in place of the one that the checkpoint names.
-        task_id: which task of a multitask checkpoint; may be left out if it has one.
-
-    Raises:
-        UsageError: another kind of checkpoint, a damaged one, one with a head, or no such task.
-    """
-    folder, out = Path(folder), new_folder(out)
-    entries, tensors = read_peft(folder)
-    rows = entries.get("num_virtual_tokens")
-    table = tensors.get("prompt_embeddings")
-    if table is None or table.dim() != 2 or not isinstance(rows, int) or not len(table) or len(table) % rows:
-        shape = None if table is None else tuple(table.shape)
-        raise UsageError(f"{folder} is damaged: prompt_embeddings has shape {shape} for {rows} virtual tokens")
-    table = table[:rows].float()
-    if entries["peft_type"] == "MULTITASK_PROMPT_TUNING":
-        table = table * task_factor(tensors, task_id, folder)[:rows]
-    elif task_id is not None:
-        raise UsageError(f"{folder} holds one prompt for all tasks; leave --task-id out")
-    config = PromptTuningConfig(prompt_length=rows)
-    method = config.build(table.shape[1])
-    method.load_state_dict({"prompt.vectors": table})
-    base = model or entries.get("base_model_name_or_path")
-    write_adapter(
-        out,
-        config,
-        method,
-        {
-            "task_type": entries.get("task_type"),
-            "base_model_name_or_path": base and embedded_name(base),
-            "revision": None if model else entries.get("revision"),
-        },
-    )
-    return out
-
-
-def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the config entries and tensors of a PEFT checkpoint that holds a table of prompt vectors.
-
-    Raises:
-        UsageError: another kind of checkpoint, a damaged one, or one with a head.
-    """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise UsageError(f"{folder} holds no PEFT checkpoint ({CONFIG_FILE} is missing)")
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        kind = entries.get("peft_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); it is damaged") from None
-    if kind == PEFT_TYPE:
-        raise UsageError(f"{folder} is an adapter of softprompts already; use it as it is")
-    if kind not in TABLES:
-        raise UsageError(
-            f"{folder} is a PEFT checkpoint of type {kind}, which is no prompt before the input; only "
-            f"{' and '.join(TABLES)} can be imported, use this one with PEFT itself"
-        )
-    try:
-        if (folder / WEIGHTS_FILE).is_file():
-            tensors = load_file(folder / WEIGHTS_FILE)
-        else:
-            tensors = torch.load(folder / OLD_WEIGHTS_FILE, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UsageError(f"{folder} holds no weights ({WEIGHTS_FILE} is missing)") from None
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise UsageError(f"the weights in {folder} cannot be read ({error}); they are damaged") from None
-    if heads := [key for key in tensors if key.startswith("base_model.")]:
-        raise UsageError(
-            f"{folder} has a trained head ({heads[0]}), which PEFT trained on the prompt's positions; softprompts cuts "
-            f"them off, so the answers would differ: use this one with PEFT itself"
-        )
-    return entries, tensors
-
-
-def task_factor(tensors: Mapping[str, Tensor], task_id: int | None, folder: Path) -> Tensor:
-    """Return what one task multiplies the shared prompt with, (rows, D)."""
-    try:
-        columns, rows = tensors["prefix_task_cols"].float(), tensors["prefix_task_rows"].float()
-    except KeyError as error:
-        raise UsageError(f"{folder} is damaged: {error} is missing") from None
-    if task_id is None and len(columns) > 1:
-        raise UsageError(
-            f"{folder} holds prompts of {len(columns)} tasks; choose one with --task-id 0 to {len(columns) - 1}"
-        )
-    if task_id is not None and not 0 <= task_id < len(columns):
-        raise UsageError(f"--task-id {task_id}: {folder} holds tasks 0 to {len(columns) - 1}")
-    return columns[task_id or 0] @ rows[task_id or 0]
-
-
-def write_adapter(out: Path, config: MethodConfig, method: SoftPrompt, about: Mapping[str, Any]) -> None:
-    """Write an adapter without its backbone, in the layout of `save_adapter`."""
-    vectors: Any = next(iter(method.parameters()))
-    entries = {
-        "peft_type": PEFT_TYPE,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "width": vectors.shape[-1],
-        "softprompt": config.to_dict(),
-        **about,
-    }
-    write_tensors(out / WEIGHTS_FILE, {f"{OWN}{key}": value for key, value in method.state_dict().items()})
-    write_text(out / CONFIG_FILE, json.dumps(entries, indent=2) + "\n")
-    write_card(out, entries)
 
 
 def is_tokenwise(offset: Offset, width: int) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from softprompts.rows import BASE
 from softprompts.shapes import SLOT, head_modules
 
 PREFIX = "softprompt_"
+PEFT_GUESSES = {"classifier", "score", "qa_outputs"}
+"""Names of heads that PEFT adds to `modules_to_save` by task type, whether the model has them or not."""
 
 
 def peft_type(name: str) -> PeftType:
@@ -50,6 +53,7 @@ def peft_type(name: str) -> PeftType:
 SOFTPROMPT = peft_type("SOFTPROMPT")
 
 
+@dataclass(init=False)
 class SoftPromptConfig(PeftConfig):
     """A method's settings as a PEFT config.
 
@@ -66,6 +70,12 @@ class SoftPromptConfig(PeftConfig):
     Raises:
         UsageError: an unknown method or setting.
     """
+
+    softprompt: Any = None
+    modules_to_save: list[str] | None = None
+    tokenizer_name_or_path: str | None = None
+    width: int | None = None
+    softprompts_run: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -99,6 +109,7 @@ class SoftPromptConfig(PeftConfig):
         self.tokenizer_name_or_path = tokenizer_name_or_path
         self.width = width
         self.saved = width is not None
+        self.absent: set[str] = set()
         self.softprompts_run = softprompts_run
 
     def tokenizer(self, text: str, **options: Any) -> Any:
@@ -114,7 +125,7 @@ class SoftPromptConfig(PeftConfig):
         return {
             **super().to_dict(),
             "base_model_name_or_path": name and embedded_name(name),
-            "modules_to_save": self.modules_to_save,
+            "modules_to_save": [m for m in dict.fromkeys(self.modules_to_save or ()) if m not in self.absent] or None,
             "tokenizer_name_or_path": self.tokenizer_name_or_path,
             "width": self.width,
             "softprompt": self.softprompt.to_dict(),
@@ -251,10 +262,13 @@ class SoftPromptModel(BaseTuner):
         self._add_heads(inner, config, adapter_name, active)
 
     def _add_heads(self, inner: nn.Module, config: SoftPromptConfig, adapter_name: str, active: bool) -> None:
-        """Give the adapter its own copy of the task head, in fp32."""
-        wanted = config.modules_to_save or []
-        missing = [name for name in base_heads(inner) if not name.endswith(tuple(wanted))]
-        config.modules_to_save = [*wanted, *missing] or None
+        """Give the adapter its own copy of the task head and of the modules it names, in fp32."""
+        names = [name for name, _ in inner.named_modules() if SLOT not in name]
+        wanted = [*(config.modules_to_save or []), *head_modules(inner)]
+        config.absent = {m for m in (*wanted, *PEFT_GUESSES) if not any(name.endswith(m) for name in names)}
+        if given := config.absent - PEFT_GUESSES:
+            raise UsageError(f"modules_to_save names '{min(given)}', which this model lacks; correct or remove it")
+        config.modules_to_save = [module for module in wanted if module not in config.absent] or None
         set_additional_trainable_modules(inner, config, self.get_model_config(inner), adapter_name, active)
         for wrapper in head_wrappers(inner, adapter_name):
             head = wrapper.modules_to_save[adapter_name]
@@ -350,11 +364,6 @@ def innermost(model: Any) -> Any:
     while isinstance(model, PeftModel):
         model = model.get_base_model()
     return model
-
-
-def base_heads(model: Any) -> list[str]:
-    """Return the names of the task heads, also when PEFT has wrapped them already."""
-    return [name for name in head_modules(model) if not isinstance(model.get_submodule(name), BaseTunerLayer)]
 
 
 def head_wrappers(model: nn.Module, adapter_name: str) -> list[ModulesToSaveWrapper]:

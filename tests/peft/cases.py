@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
-from peft import PeftConfig, PromptTuningConfig, get_peft_model
+from peft import PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
 ROUNDING = 2e-5
@@ -132,12 +133,154 @@ class Peers(Case):
         return 0
 
 
-class seeded(torch.random.fork_rng):
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
     """Draw the same numbers inside the block, and leave the generator outside as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
-    def __new__(cls, seed: int) -> Any:
-        raise TypeError
+
+def scattered(model: nn.Module, change: Callable[[], Any], seed: int, spread: float = 1.0) -> Any:
+    """Return `change()`, the parameters that it added drawn from N(0, spread^2): starts at zero would hide mistakes."""
+    known = {id(parameter) for parameter in model.parameters()}
+    changed = change()
+    new = changed if isinstance(changed, nn.Module) else model
+    with seeded(seed):
+        for parameter in new.parameters():
+            if id(parameter) not in known:
+                nn.init.normal_(parameter, 0.0, spread)
+    return changed
 
 
-def seeded(seed: int) -> Any:  # noqa: F811
-    raise TypeError
+def inner(network: Any) -> Any:
+    """Return the transformers model inside PEFT's wrappers."""
+    while isinstance(network, PeftModel):
+        network = network.get_base_model()
+    return network
+
+
+def head_of(network: Any, name: str) -> Any:
+    """Return the trained copy of a head that the active adapter keeps."""
+    wrapper = getattr(inner(network), name)
+    return wrapper.modules_to_save[network.active_adapter]
+
+
+def batch(side: str = "right", rows: int = ROWS, length: int = LENGTH) -> tuple[Tensor, Tensor]:
+    """Return (ids, mask), (rows, length); row i has i pads."""
+    with seeded(1):
+        ids = torch.randint(3, tiny.VOCABULARY, (rows, length))
+    slots, pads = torch.arange(length), torch.arange(rows)[:, None]
+    mask = ((slots >= pads) if side == "left" else (slots < length - pads)).long()
+    return ids.where(mask.bool(), torch.tensor(tiny.PAD)), mask
+
+
+def side_of(case: Case) -> str:
+    """Return the side where a batch for `generate` is padded."""
+    return "left" if case.arch == "llama" else "right"
+
+
+def text_of(ids: Tensor, mask: Tensor, row: int) -> Tensor:
+    """Return one row without its padding, (1, T)."""
+    return ids[row : row + 1, mask[row].bool()]
+
+
+def given(case: Case, ids: Tensor, mask: Tensor | None = None, labels: bool = False) -> dict[str, Tensor]:
+    """Return the arguments of a forward pass; T5's decoder gets a fixed beginning, or the labels."""
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+    if labels:
+        inputs["labels"] = targets(case, ids, inputs["attention_mask"])
+    elif case.arch == "t5":
+        inputs["decoder_input_ids"] = torch.tensor([START]).expand(len(ids), -1)
+    return inputs
+
+
+def targets(case: Case, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return labels that fit the task: the text, or classes of rows or tokens."""
+    if case.task == "SEQ_CLS":
+        return torch.arange(len(ids)) % 2
+    labels = ids % 2 if case.task == "TOKEN_CLS" else ids
+    return labels.masked_fill(mask == 0, -100)
+
+
+def cut(case: Case, out: Any, length: int) -> Tensor:
+    """Return the (start) logits of the input's tokens; PEFT puts those of its prompt before them."""
+    logits = out["start_logits"] if "start_logits" in out else out["logits"]
+    return logits if case.arch == "t5" or case.task == "SEQ_CLS" else logits[:, -length:]
+
+
+def run(case: Case, network: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) -> Tensor:
+    """Return the logits of a forward pass without gradients."""
+    with torch.no_grad():
+        return cut(case, network(**given(case, ids, mask), **more), ids.shape[1])
+
+
+def text_logits(case: Case, logits: Tensor, mask: Tensor, row: int) -> Tensor:
+    """Return the logits of one row's text, (1, ...)."""
+    if case.arch == "t5" or case.task == "SEQ_CLS":
+        return logits[row : row + 1]
+    return logits[row : row + 1, mask[row].bool()]
+
+
+def defined(case: Case, network: Any, row: Tensor, base: Any = None) -> Tensor:
+    """Return the logits of one unpadded row (1, T) from the definition: the bare model on [prompt; embeds + offset]."""
+    base = case.base() if base is None else base
+    with torch.no_grad():
+        prompt, text = case.parts(network, base.get_input_embeddings()(row))
+        whole, length = torch.cat([prompt, text], 1).to(base.dtype), prompt.shape[1]
+        if case.arch == "t5":
+            return base(inputs_embeds=whole, decoder_input_ids=torch.tensor([START])).logits
+        if case.task == "CAUSAL_LM":
+            return base(inputs_embeds=whole).logits[:, length:]
+        hidden = base.base_model(inputs_embeds=whole)[0]
+        if case.model == "bert-sequence":
+            at = case.pooled_at(length)
+            return head_of(network, "classifier")(base.bert.pooler(hidden[:, at:]))
+        if case.model == "llama-sequence":
+            return head_of(network, "score")(hidden[:, -1])
+        if case.task == "QUESTION_ANS":
+            return head_of(network, "qa_outputs")(hidden[:, length:])[..., 0]
+        return head_of(network, "classifier")(hidden[:, length:])
+
+
+def near(actual: Tensor, expected: Tensor, what: str, tolerance: float = ROUNDING) -> None:
+    """Assert that two tensors are equal up to rounding, relative to numbers above 1."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    off = float((actual.float() - expected.float()).abs().max()) if expected.numel() else 0.0
+    assert off <= tolerance * scale, f"{what}: off by {off:.2g}"
+
+
+def far(actual: Tensor, other: Tensor, what: str) -> None:
+    """Assert that two tensors of one shape differ by more than rounding."""
+    assert float((actual - other).abs().max()) > 1e-3, f"{what}: no difference"
+
+
+def same(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Assert that two tensors are identical."""
+    equal = actual.shape == expected.shape and torch.equal(actual, expected)
+    assert equal, f"{what}: {actual.flatten()[-8:].tolist()}, not {expected.flatten()[-8:].tolist()}"
+
+
+def near_all(actual: Iterable[Tensor], expected: Iterable[Tensor], what: str, tolerance: float = ROUNDING) -> None:
+    """Assert that two lists of tensors are equal up to rounding."""
+    left, right = list(actual), list(expected)
+    assert len(left) == len(right), f"{what}: {len(left)} tensors, not {len(right)}"
+    for one, other in zip(left, right, strict=True):
+        near(one, other, what, tolerance)
+
+
+def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the trainable parameters by name, in an order that does not depend on the wrapping."""
+    found = [(name.rpartition("base_model.model.")[2], p) for name, p in network.named_parameters() if p.requires_grad]
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def gradients(case: Case, network: Any, ids: Tensor, mask: Tensor, **more: Any) -> list[Tensor]:
+    """Return the gradients of a loss that depends on every logit of the text."""
+    network.zero_grad()
+    logits = cut(case, network(**given(case, ids, mask), **more), ids.shape[1])
+    sum(text_logits(case, logits, mask, row).square().mean() for row in range(len(ids))).backward()
+    for name, parameter in trainable(network):
+        assert parameter.grad is not None, f"{name} gets no gradient"
+    return [parameter.grad.clone() for _, parameter in trainable(network)]

@@ -134,8 +134,8 @@ def test_long_fields_do_not_meet_the_limit_of_the_csv_module(tmp_path: Path) -> 
         ("d.csv", b"a,b,a\n1,2,3\n", "d.csv names the column 'a' twice in its first line; rename one"),
         ("d.jsonl.gz", b"no gzip", "d.jsonl.gz is a damaged gzip file (Not a gzipped file (b'no')); "
          "copy or download it again"),
-        ("d.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-12], "d.jsonl.gz is a damaged gzip file (Compressed file "
-         "ended before the end-of-stream marker was reached); copy or download it again"),
+        ("d.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-12], "d.jsonl.gz is a damaged gzip file "
+         "(Compressed file ended before the end-of-stream marker was reached); copy or download it again"),
         ("d.parquet", b"PAR1 and no more PAR1", "d.parquet is a damaged parquet file"),
         ("d.json", b"{}", "cannot tell what kind of file {folder}/d.json is; "
          "name it with one of .jsonl.gz .jsonl .csv .tsv .parquet"),

@@ -1,0 +1,100 @@
+"""The registry behind `calls.py`: what a call is, and how its check is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cases import EVERY, Case, Ours, Peers
+
+Check = Callable[[Case, Path], None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One row of the matrix: something that users do with a PEFT model."""
+
+    name: str
+    check: Check
+    archs: tuple[str, ...]
+    says: str
+    """What is asserted, and why an architecture is missing."""
+    processes: Literal[0, 1, 2] = 0
+    """0: run where you are; else in that many new processes, without run-time shape checks (they break graphs)."""
+
+
+CALLS: dict[str, Call] = {}
+
+
+def call(
+    name: str, says: str, archs: tuple[str, ...] = EVERY, processes: Literal[0, 1, 2] = 0
+) -> Callable[[Check], Check]:
+    """Decorator: add a row. The check raises AssertionError if what comes out is wrong."""
+
+    def add(check: Check) -> Check:
+        assert name not in CALLS, name
+        CALLS[name] = Call(name, check, archs, says, processes)
+        return check
+
+    return add
+
+
+def case_of(method: str, arch: str, start: Path | None = None) -> Case:
+    """Return the case of a method, or of PEFT's own prompt tuning (`peft`), on an architecture."""
+    from cases import MODELS
+
+    return Peers(MODELS[arch]) if method == "peft" else Ours(MODELS[arch], method, start)
+
+
+def outcome(row: Call, case: Case, folder: Path) -> str:
+    """Return `ok`, `wrong: ...` or `error: ...`, in one line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        row.check(case, folder)
+    except AssertionError as error:
+        return f"wrong: {first_line(error)}"
+    except Exception as error:
+        return f"error: {type(error).__name__}: {first_line(error)}"
+    return "ok"
+
+
+def first_line(error: Exception) -> str:
+    """Return the beginning of an error's text."""
+    return (str(error).strip().splitlines() or [""])[0][:160]
+
+
+def apart(name: str, pairs: Sequence[tuple[str, str]], folder: Path, timeout: float = 280.0) -> dict[str, str]:
+    """Run a row's check in processes of its own; return the outcomes by `method arch`."""
+    start = [sys.executable]
+    if CALLS[name].processes == 2:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*start, str(here / "calls.py"), name, str(folder), *(f"{method}/{arch}" for method, arch in pairs)],
+        env={**os.environ, "JAXTYPING_DISABLE": "1", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    written = folder / "outcomes.json"
+    if not written.is_file():
+        raise RuntimeError(f"{name}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    return json.loads(written.read_text(encoding="utf-8"))
+
+
+def work(arguments: Sequence[str]) -> None:
+    """What the processes of `apart` do: run the cases one after the other; the first process writes the outcomes."""
+    name, folder, *pairs = arguments
+    first = os.environ.get("RANK", "0") == "0"
+    outcomes = {}
+    for pair in pairs:
+        method, arch = pair.rsplit("/", 1)
+        own = Path(folder) / os.environ.get("RANK", "0") / pair.replace("/", "-")
+        outcomes[f"{method} {arch}"] = outcome(CALLS[name], case_of(method, arch), own)
+    if first:
+        (Path(folder) / "outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")
