@@ -14,8 +14,8 @@ test: check
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 check: $(VENV)/.installed-dev
-	$(BIN)/ruff check src tests experiments docs
-	$(BIN)/ruff format --check src tests experiments docs
+	$(BIN)/ruff check src tests experiments docs benchmarks examples
+	$(BIN)/ruff format --check src tests experiments docs benchmarks examples
 	$(BIN)/mypy
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -8,7 +8,7 @@ a method fills one or both, and any prompt goes with any offset (`CombinedConfig
 Axes, the same letters everywhere: B batch, T input tokens, P prompt length, D model width, K subspaces,
 C codewords per codebook, S subspace width (S = D/K), R rank, N source prompts.
 
-Reading order: this file, `codebook.py`, `methods/accept.py`, `attach.py`, `train.py`.
+Reading order: this file, `codebook.py`, `methods/accept.py`, `rows.py`, `attach.py`, `hooks.py`, `train.py`.
 """
 
 from __future__ import annotations
