@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from softprompts.core import MethodConfig, SoftPrompt
@@ -128,6 +129,21 @@ def using(model: Any, names: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         adapters.names = before
+
+
+@contextmanager
+def remembering(model: Any) -> Iterator[None]:
+    """Compute the keys and values of each prompt once inside the `with` block, for decoder-only models.
+
+    For answering many batches: nothing may train, load or switch the backbone's weights (LoRA) inside.
+    """
+    memory = adapters_of(model).hooks.memory
+    before, memory.kept = memory.kept, {}
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        memory.kept = before
 
 
 class PromptAdapters(nn.Module):

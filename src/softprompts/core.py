@@ -30,6 +30,8 @@ class Prompt(nn.Module, ABC):
     """What is prepended: P vectors, the same for every row or made from the row."""
 
     length: int
+    per_row: ClassVar[bool] = False
+    """Whether it is made from the row; else `forward` returns (P, D) whatever it is given."""
 
     @staticmethod
     @abstractmethod

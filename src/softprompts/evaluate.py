@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from softprompts.attach import remembering
 from softprompts.backbone import Backbone, decoder_start
 from softprompts.data import IGNORED, Encoder, Rows, eval_batches, pad
 from softprompts.errors import UsageError
+from softprompts.shapes import SLOT
 from softprompts.tasks.base import Example, Protocol, Task
 
 Scoring = Literal["rank", "generate", "head"]
@@ -71,9 +74,10 @@ def predict(
     answer = {"rank": rank, "generate": generate, "head": classify}[scoring]
     answers: dict[int, str] = {}
     try:
-        for chosen in eval_batches([len(ids) for ids in rows.sources], batch_size)[share[0] :: share[1]]:
-            answers.update(zip(chosen, answer(encoder, rows, chosen), strict=True))
-            advance(len(chosen))
+        with remembering(model) if hasattr(model, SLOT) else nullcontext():
+            for chosen in eval_batches([len(ids) for ids in rows.sources], batch_size)[share[0] :: share[1]]:
+                answers.update(zip(chosen, answer(encoder, rows, chosen), strict=True))
+                advance(len(chosen))
     finally:
         model.train(was_training)
     return answers

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from softprompts.core import SoftPrompt
 from softprompts.errors import UsageError
+from softprompts.memory import PromptMemory, can_share
 from softprompts.rows import Selection
 from softprompts.shapes import classifies_rows, is_decoder_only, is_encoder_decoder, position_limit
 
@@ -38,7 +39,9 @@ class Hooks:
         self._order: Tensor | None = None
         self._packed: Tensor | None = None
         self._cut = 0
+        self._hide_cache = False
         self._generating = False
+        self.memory = PromptMemory()
         self._keep_front = classifies_rows(model)
         self._limit = position_limit(model)
 
@@ -128,7 +131,7 @@ class Hooks:
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         kwargs = by_name(module, args, kwargs)
         ids, embeds, mask = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None), kwargs["attention_mask"]
-        self._cut = 0
+        self._cut, self._hide_cache = 0, False
         selection = self._chosen(ids, embeds)
         if selection is None or (self._generating and embeds is not None):
             return None  # bare, or `generate` has prompted these embeddings
@@ -147,7 +150,11 @@ class Hooks:
         at = positions(mask)[:, -new:]
         if past == 0:
             self._check_length(selection, mask, new)
-        prompt, embeds = selection(embeds, at, mask[:, -new:], prepend=past == 0)
+        shares = cache is None and can_share(module, set(kwargs), selection, len(embeds))
+        if shares:
+            kwargs["past_key_values"] = self.memory.cache(module, selection, embeds, mask, len(embeds))
+            self._hide_cache = not uses_cache(module, kwargs)
+        prompt, embeds = selection(embeds, at, mask[:, -new:], prepend=past == 0 and not shares)
         mask = selection.extended(mask)
         if prompt is not None:
             embeds, self._cut = torch.cat([prompt, embeds], 1), prompt.shape[1]
@@ -163,6 +170,8 @@ class Hooks:
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         packed, self._packed = self._packed, None
         order, self._order = self._order, None
+        if self._hide_cache and not isinstance(output, tuple):
+            output["past_key_values"] = None
         if not self._cut and order is None and packed is None:
             return output
         hidden = output[0]
@@ -216,6 +225,12 @@ class Hooks:
         check_mask(mask)
         self._check_length(selection, mask, embeds.shape[1])
         text = embeds.shape[1] if ids is None else ids.shape[1]
+        rows = len(embeds) * max(option(model, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
+        body, accepted = model.base_model, set(inspect.signature(model.base_model.forward).parameters)
+        lookup = option(model, kwargs, "prompt_lookup_num_tokens") is not None
+        own = option(model, kwargs, "cache_implementation") is not None or kwargs.get("past_key_values") is not None
+        if not own and not lookup and can_share(body, accepted, selection, rows):
+            kwargs["past_key_values"] = self.memory.cache(body, selection, embeds, mask, rows)
         prompt, embeds = selection(embeds, positions(mask), mask)
         if prompt is not None:
             embeds = torch.cat([prompt, embeds], 1)
@@ -225,7 +240,6 @@ class Hooks:
         count_text(model, kwargs, text)
         kwargs.pop("position_ids", None)  # they follow from the mask
         # Prompt lookup crops the cache to the length of the ids, which must then be the length of the embeddings.
-        lookup = option(model, kwargs, "prompt_lookup_num_tokens") is not None
         if ids is not None and not lookup:
             kwargs["input_ids"] = ids
         self._generating = True
@@ -264,9 +278,16 @@ def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     names = list(inspect.signature(module.forward).parameters)
     bound = {**dict(zip(names, args, strict=False)), **kwargs}
     bound.setdefault("attention_mask", None)
-    if "position_ids" in names:
-        bound.setdefault("position_ids", None)
+    for name in ("position_ids", "past_key_values"):
+        if name in names:
+            bound.setdefault(name, None)
     return bound
+
+
+def uses_cache(module: Any, kwargs: dict) -> bool:
+    """Whether the caller of a decoder wants its cache back."""
+    wanted = kwargs.get("use_cache")
+    return bool(getattr(module.config, "use_cache", True) if wanted is None else wanted)
 
 
 def positions(mask: Tensor) -> Tensor:

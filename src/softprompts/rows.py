@@ -42,6 +42,35 @@ class Selection:
             lengths[list(rows)] = length_of(method)
         return lengths
 
+    @property
+    def shared(self) -> bool:
+        """Whether there is a prompt, and no prompt depends on its row's text."""
+        prompts = [method.prompt for method in self.methods if method is not None and method.prompt is not None]
+        return self.length > 0 and not any(prompt.per_row for prompt in prompts)
+
+    def tables(
+        self, embeds: Float[Tensor, "B T D"], mask: Int[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "A P D"], Int[Tensor, "A P"]]:
+        """Return (prompts, their mask), one row per adapter: A are the adapters of the batch. For shared prompts."""
+        tables = embeds.new_zeros(len(self.methods), self.length, embeds.shape[2])
+        rows = []
+        for method, row in zip(self.methods, tables, strict=True):
+            table = row
+            if method is not None and method.prompt is not None:
+                own = method.prompt(embeds[:1], mask[:1]).to(embeds.dtype)
+                table = nn.functional.pad(own, (0, 0, self.length - own.shape[0], 0))
+            rows.append(table)
+        lengths = torch.tensor([length_of(method) for method in self.methods], device=embeds.device)
+        slots = torch.arange(self.length, device=embeds.device)
+        return torch.stack(rows), (slots >= self.length - lengths.unsqueeze(1)).to(mask.dtype)
+
+    def members(self, batch: int, like: Tensor) -> Int[Tensor, " B"]:
+        """Return for each of `batch` rows the number of its adapter, on the device of `like`."""
+        members = torch.zeros(batch, dtype=torch.long, device=like.device)
+        for number, rows in enumerate(self.rows or ()):
+            members[list(rows)] = number
+        return members
+
     def extended(self, mask: Int[Tensor, "B T"]) -> Int[Tensor, "B P+T"]:
         """Put the mask of the prompts before a mask, in its own dtype."""
         if not self.length:

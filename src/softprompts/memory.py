@@ -1,0 +1,108 @@
+"""In a causal model the keys and values of a prompt do not depend on the text behind it: compute them once.
+
+A batch of B texts costs P + B*T tokens instead of B*(P + T), forward and backward: the rows attend to expanded views of
+one prompt, and the gradients of all rows meet in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softprompts.core import SoftPrompt
+from softprompts.rows import Selection
+
+States = list[tuple[Tensor, Tensor]]
+"""(keys, values) of each layer, each (A, heads, P, D/heads) for A adapters."""
+
+
+class PromptMemory:
+    """Keys and values of prompts; `kept` outlives the batch while the adapters and the backbone do not change."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Hashable, States] | None = None
+
+    def cache(self, body: nn.Module, selection: Selection, embeds: Tensor, mask: Tensor, batch: int) -> Any:
+        """Return a fresh cache of `batch` rows that holds their prompts, P slots each.
+
+        Args:
+            body: the transformer below the head, unhooked calls of which are `body.forward`.
+            selection: with shared prompts.
+            embeds: (B, T, D) of the batch, for width, dtype and device.
+            mask: (B, T) of the batch.
+            batch: rows of the cache; rows beyond B repeat each row (beams).
+        """
+        if self.kept is None:
+            layers = prompt_states(body, selection, embeds, mask)
+        else:
+            layers = stacked([self._remembered(body, method, embeds, mask) for method in selection.methods])
+        cache = new_cache(body)
+        members = None if len(selection.methods) == 1 else selection.members(len(embeds), embeds)
+        if members is not None:
+            members = members.repeat_interleave(batch // len(embeds))
+        for number, states in enumerate(layers):
+            if members is None:
+                rows = [state.expand(batch, *state.shape[1:]) for state in states]
+            else:
+                rows = [state.index_select(0, members) for state in states]
+            cache.update(*rows, number)
+        return cache
+
+    def _remembered(self, body: nn.Module, method: SoftPrompt | None, embeds: Tensor, mask: Tensor) -> States | None:
+        """Return the states of one adapter, None if it prepends nothing."""
+        assert self.kept is not None, "only inside `remembering`"
+        if method is None or not method.length:
+            return None
+        key = (id(method), embeds.dtype, embeds.device)
+        if key not in self.kept:
+            self.kept[key] = prompt_states(body, Selection([method]), embeds, mask)
+        return self.kept[key]
+
+
+def prompt_states(body: nn.Module, selection: Selection, embeds: Tensor, mask: Tensor) -> States:
+    """Run the body on the prompts of a batch's A adapters and return the states."""
+    tables, own = selection.tables(embeds, mask)
+    cache = new_cache(body)
+    positions = (own.long().cumsum(1) - 1).clamp(min=0)
+    body.forward(
+        inputs_embeds=tables,
+        attention_mask=own if selection.mixed else None,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def stacked(prompts: Sequence[States | None]) -> States:
+    """Put the states of several adapters (A = 1 each) beside each other, shorter ones filled up on the left."""
+    if len(prompts) == 1 and prompts[0] is not None:
+        return prompts[0]
+    longest = max((states for states in prompts if states is not None), key=lambda states: states[0][0].shape[2])
+    # What has no prompt gets any states: its slots are masked.
+    full = [longest if states is None else states for states in prompts]
+    return [
+        tuple(torch.cat([filled(states[layer][i], like) for states in full]) for i, like in enumerate(pair))  # type: ignore[misc]
+        for layer, pair in enumerate(longest)
+    ]
+
+
+def filled(states: Tensor, like: Tensor) -> Tensor:
+    """Return (1, heads, p, D/heads) states with zeros on the left up to the length of `like`."""
+    return nn.functional.pad(states, (0, 0, like.shape[2] - states.shape[2], 0))
+
+
+def new_cache(body: Any) -> Any:
+    """Return an empty cache of the kind the model itself would make."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=body.config)
+
+
+def can_share(body: nn.Module, accepted: set[str], selection: Selection, batch: int) -> bool:
+    """Whether a batch of that size gains from one prompt for all rows, and the model can do it."""
+    recomputes = body.training and bool(getattr(body, "gradient_checkpointing", False))
+    return batch > 1 and selection.shared and not recomputes and {"past_key_values", "position_ids"} <= accepted
