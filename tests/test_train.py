@@ -21,8 +21,9 @@ from softprompts.checkpoint import WEIGHTS_FILE
 from softprompts.config import ModelSettings, RunSettings, TrainSettings, parse_assignment, resolve
 from softprompts.errors import SoftPromptsError, UsageError
 from softprompts.evaluate import rank_causal, rank_seq2seq
+from softprompts.member import Member, schedule
 from softprompts.tasks import Example
-from softprompts.train import Progress, Run, schedule, train
+from softprompts.train import Progress, train
 from softprompts.trained import open_trained
 
 SMALL = [
@@ -450,7 +451,7 @@ def test_folders_are_not_overwritten_unasked(whole: Path, tmp_path: Path) -> Non
 
 
 def test_batches_of_a_run_cover_the_data_every_epoch(tmp_path: Path) -> None:
-    run = object.__new__(Run)
+    run = object.__new__(Member)
     run.settings, run.epoch = settings_of(), (-1, [])
     run.splits = {"train": type("Rows", (), {"sources": [[0] * n for n in range(1, 11)], "__len__": lambda s: 10})()}
     order = [run.batch_at(step) for step in range(6)]

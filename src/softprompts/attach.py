@@ -184,7 +184,11 @@ class PromptAdapters(nn.Module):
     @property
     def longest_text(self) -> int | None:
         """The most tokens a text may have beside the active prompt, None if there is no limit."""
-        method, limit = self.method(), self.hooks.position_limit
+        return self.reach()
+
+    def reach(self, name: str | None = None) -> int | None:
+        """Return the most tokens a text may have beside an adapter's prompt, None if there is no limit."""
+        method, limit = self.method(name), self.hooks.position_limit
         limits = [method.positions, None if limit is None else limit - method.length]
         return min((limit for limit in limits if limit is not None), default=None)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from transformers.models.auto import modeling_auto
 
 from softprompts.config import ModelSettings
 from softprompts.errors import UsageError
@@ -111,16 +112,23 @@ AUTO_CLASSES: dict[Kind, Any] = {
 
 def answer_kind(config: Any, head: str) -> Kind:
     """Decide how a model answers: by writing if it can, else through a classification head."""
-    known = transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.keys(), transformers.MODEL_FOR_CAUSAL_LM_MAPPING.keys()
-    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING.keys()  # noqa: SIM118 (a lazy mapping)
     writes: Kind | None = None
-    if config.is_encoder_decoder and type(config) in known[0]:
+    if config.is_encoder_decoder and listed(config, "SEQ_TO_SEQ_CAUSAL_LM"):
         writes = "seq2seq"
-    elif type(config) in known[1] and not masked:
+    elif listed(config, "CAUSAL_LM") and not listed(config, "MASKED_LM"):
         writes = "causal"
     if head == "language" and writes is None:
         raise UsageError(f"head=language: a {config.model_type} model cannot write; use head=classification")
     return "classification" if head == "classification" or writes is None else writes
+
+
+def listed(config: Any, kind: str) -> bool:
+    """Whether transformers (or a library that registered itself there) has a class of that kind for a config.
+
+    By the model type's name: listing the classes themselves would import every model there is.
+    """
+    names = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES")
+    return config.model_type in names or type(config) in getattr(transformers, f"MODEL_FOR_{kind}_MAPPING")
 
 
 def embedded_path(name: str) -> str:

@@ -36,6 +36,27 @@ class Rows:
     def __len__(self) -> int:
         return len(self.sources)
 
+    def pick(self, chosen: Sequence[int]) -> Rows:
+        """Return some of the rows."""
+        return Rows(
+            [self.examples[i] for i in chosen],
+            [self.sources[i] for i in chosen],
+            [self.targets[i] for i in chosen],
+            [self.classes[i] for i in chosen],
+            0,
+        )
+
+    @staticmethod
+    def together(several: Sequence[Rows]) -> Rows:
+        """Return the rows of several, one after the other."""
+        whole = Rows([], [], [], [], 0)
+        for rows in several:
+            whole.examples = [*whole.examples, *rows.examples]
+            whole.sources += rows.sources
+            whole.targets += rows.targets
+            whole.classes += rows.classes
+        return whole
+
 
 @dataclass(frozen=True)
 class Encoder:

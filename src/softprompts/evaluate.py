@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,6 +21,8 @@ from softprompts.shapes import SLOT
 from softprompts.tasks.base import Example, Protocol, Task
 
 Scoring = Literal["rank", "generate", "head"]
+WORD_ROWS = 512
+"""Most rows (texts times label words) of one call: more words are ranked in several calls, to bound the memory."""
 
 
 @dataclass
@@ -120,11 +123,23 @@ def generate(encoder: Encoder, rows: Rows, chosen: Sequence[int]) -> list[str]:
     model, tokenizer = encoder.backbone.model, encoder.backbone.tokenizer
     inputs = to_device(encoder.inputs(rows, chosen), model)
     out = model.generate(
-        **inputs, max_new_tokens=encoder.max_target + beyond, do_sample=False, num_beams=1, pad_token_id=encoder.pad_id
+        **inputs,
+        max_new_tokens=encoder.max_target + beyond,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=encoder.pad_id,
+        eos_token_id=ends(model, tokenizer),
     )
     if encoder.backbone.kind == "causal":
         out = out[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+
+def ends(model: Any, tokenizer: Any) -> list[int] | None:
+    """Return the ids that end an answer: the model's own, and the tokenizer's, which ends the targets of training."""
+    own = model.generation_config.eos_token_id
+    ids = dict.fromkeys([*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id])
+    return [token for token in ids if token is not None] or None
 
 
 def rank(encoder: Encoder, rows: Rows, chosen: Sequence[int]) -> list[str]:
@@ -137,26 +152,76 @@ def rank(encoder: Encoder, rows: Rows, chosen: Sequence[int]) -> list[str]:
 
 
 def rank_seq2seq(encoder: Encoder, rows: Rows, chosen: Sequence[int], words: list[list[int]]) -> Tensor:
-    """Return (B, words) log-likelihoods; the text is encoded once for all words."""
+    """Return (B, words) log-likelihoods; the text is encoded once, all words are decoded together."""
     model = encoder.backbone.model
     inputs = to_device(encoder.inputs(rows, chosen), model)
-    memory = model.get_encoder()(**inputs)[0]
+    memory, mask = model.get_encoder()(**inputs)[0], inputs["attention_mask"]
     start = decoder_start(model)
     columns = []
-    for word in words:
-        decoder_ids = torch.tensor([start, *word[:-1]], device=model.device).expand(len(chosen), -1)
+    for some in portions(words, len(chosen)):
+        targets = pad(some, IGNORED)[0].to(model.device)
+        decoder_ids = pad([[start, *word[:-1]] for word in some], encoder.pad_id)[0].to(model.device)
         logits = model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=memory),
-            attention_mask=inputs["attention_mask"],
-            decoder_input_ids=decoder_ids,
+            encoder_outputs=BaseModelOutput(last_hidden_state=memory.repeat_interleave(len(some), 0)),
+            attention_mask=mask.repeat_interleave(len(some), 0),
+            decoder_input_ids=decoder_ids.repeat(len(chosen), 1),
             use_cache=False,
         ).logits
-        columns.append(log_likelihood(logits, torch.tensor(word, device=model.device).expand(len(chosen), -1)))
-    return torch.stack(columns, 1)
+        columns.append(log_likelihood(logits, targets.repeat(len(chosen), 1)).view(len(chosen), -1))
+    return torch.cat(columns, 1)
 
 
 def rank_causal(encoder: Encoder, rows: Rows, chosen: Sequence[int], words: list[list[int]]) -> Tensor:
-    """Return (B, words) log-likelihoods, one forward pass per word."""
+    """Return (B, words) log-likelihoods: one pass over the text, one over all words behind its cache.
+
+    The text's last logits rate the first tokens; words of one token need no more.
+    """
+    model = encoder.backbone.model
+    inputs = to_device(encoder.inputs(rows, chosen), model)
+    longer = max(len(word) for word in words) > 1
+    out = model(**inputs, logits_to_keep=1, use_cache=longer)
+    first = out.logits[:, -1].float().log_softmax(-1)
+    likelihoods = first[:, [word[0] for word in words]]
+    if not longer:
+        return likelihoods
+    cache = out.get("past_key_values")
+    if not hasattr(cache, "batch_repeat_interleave"):
+        return rank_whole(encoder, rows, chosen, words)
+    parts = portions(words, len(chosen))
+    rest = []
+    for number, some in enumerate(parts, 1):
+        # A pass writes to its cache: all but the last get a copy.
+        own = cache if number == len(parts) else copy.deepcopy(cache)
+        own.batch_repeat_interleave(len(some))
+        rest.append(rank_rest(encoder, inputs["attention_mask"], own, some))
+    return likelihoods + torch.cat(rest, 1)
+
+
+def rank_rest(encoder: Encoder, mask: Tensor, cache: Any, words: list[list[int]]) -> Tensor:
+    """Return (B, words) log-likelihoods of the words' tokens after their first.
+
+    Args:
+        encoder: of a decoder-only backbone.
+        mask: (B, T) of the texts.
+        cache: of the texts, each repeated for every word.
+        words: of any lengths; those of one token get 0.
+    """
+    model = encoder.backbone.model
+    # A word's last token is rated, never read; a word of one token has to read something all the same.
+    ids, seen = pad([word[:-1] or word for word in words], encoder.pad_id)
+    targets = pad([word[1:] or [IGNORED] for word in words], IGNORED)[0].to(model.device)
+    ids, seen = ids.to(model.device), seen.to(model.device)
+    logits = model(
+        input_ids=ids.repeat(len(mask), 1),
+        attention_mask=torch.cat([mask.repeat_interleave(len(words), 0), seen.repeat(len(mask), 1)], 1),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    return log_likelihood(logits, targets.repeat(len(mask), 1)).view(len(mask), -1)
+
+
+def rank_whole(encoder: Encoder, rows: Rows, chosen: Sequence[int], words: list[list[int]]) -> Tensor:
+    """Return (B, words) log-likelihoods, one pass over text and word per word: for models without a cache."""
     model = encoder.backbone.model
     columns = []
     for word in words:
@@ -165,6 +230,12 @@ def rank_causal(encoder: Encoder, rows: Rows, chosen: Sequence[int], words: list
         logits = model(**inputs, logits_to_keep=len(word) + 1, use_cache=False).logits[:, :-1]
         columns.append(log_likelihood(logits, torch.tensor(word, device=model.device).expand(len(chosen), -1)))
     return torch.stack(columns, 1)
+
+
+def portions(words: list[list[int]], batch: int) -> list[list[list[int]]]:
+    """Cut the words into portions whose rows (`batch` texts times words) fit one call; mostly all words are one."""
+    size = max(1, WORD_ROWS // batch)
+    return [words[i : i + size] for i in range(0, len(words), size)]
 
 
 def log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:

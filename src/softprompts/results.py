@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,14 +106,19 @@ def keep_steps(folder: Path, last: int) -> None:
 
 
 def new_record(
-    settings: RunSettings, data: TaskData, backbone: Backbone, splits: Mapping[str, Rows], trained: Sequence[Any]
+    settings: RunSettings,
+    data: TaskData,
+    backbone: Backbone,
+    splits: Mapping[str, Rows],
+    name: str,
+    trained: Iterable[Any],
 ) -> dict[str, Any]:
     """Return the part of the run record that is known before the first step."""
     from softprompts.attach import adapters_of
     from softprompts.shapes import SLOT
 
     adapters = adapters_of(backbone.model)
-    config = adapters.configs["default"]
+    config = adapters.configs[name]
     count = config.num_trainable(adapters.width)
     return {
         "schema": SCHEMA,
@@ -126,7 +131,7 @@ def new_record(
         "model": backbone.name,
         "seed": settings.seed,
         "num_trainable": count,
-        "num_trainable_head": sum(parameter.numel() for _, parameter in trained) - count,
+        "num_trainable_head": sum(parameter.numel() for parameter in trained) - count,
         "num_backbone": sum(p.numel() for name, p in backbone.model.named_parameters() if SLOT not in name),
         "settings": settings.model_dump(mode="json"),
         "method_resolved": config.to_dict(),

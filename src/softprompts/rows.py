@@ -125,6 +125,8 @@ def select(methods: Mapping[str, SoftPrompt], names: Sequence[str], batch: int) 
         rows.setdefault(names[row // repeats], []).append(row)
     if set(rows) == {BASE}:
         return None
+    if len(rows) == 1:
+        return Selection([methods[names[0]]])
     return Selection([None if name == BASE else methods[name] for name in rows], list(rows.values()))
 
 

@@ -1,12 +1,15 @@
-"""The training loop, read top to bottom: data, backbone, prompt, steps, best checkpoint, scores, record."""
+"""The training loop, read top to bottom: data, backbone, prompt, steps, best checkpoint, scores, record.
+
+`train` runs one set of settings; `train_together` runs several on one backbone, whose rows pass through it in one
+batch. The first is the second with one member.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +19,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from softprompts import results
-from softprompts.attach import adapters_of, attach, disabled
+from softprompts.attach import adapters_of, attach, disabled, using
 from softprompts.backbone import Backbone, default_device, load_backbone
-from softprompts.checkpoint import restore_adapter, save_adapter, write_tensors
-from softprompts.config import RunSettings, TrainSettings
-from softprompts.data import (
-    IGNORED,
-    Encoder,
-    Rows,
-    epoch_batches,
-    load_data,
-    make_encoder,
-    num_labels,
-    truncation_notes,
-)
+from softprompts.checkpoint import write_tensors
+from softprompts.config import RunSettings
+from softprompts.data import IGNORED, Rows, load_data, make_encoder, num_labels, truncation_notes
 from softprompts.errors import SoftPromptsError, UsageError
 from softprompts.evaluate import Evaluation, evaluate, majority, to_device
-from softprompts.tasks import TaskData
-from softprompts.trained import RUN_ENTRY, run_entry
+from softprompts.member import Member
+from softprompts.population import Halving, check_fit
 
-EPSILON = 1e-6
-"""AdamW's epsilon in the reference code."""
 LOG_EVERY = 10
 """Losses are looked at every so many steps: each look waits for the accelerator."""
 
@@ -54,20 +46,6 @@ class Progress:
         """Something the user should know."""
 
 
-@dataclass
-class State:
-    """How far a run is. Together with the tensors beside it, all that a resume needs."""
-
-    step: int = 0
-    best_step: int = 0
-    best_score: float = float("-inf")
-    best_scores: dict[str, float] = field(default_factory=dict)
-    stale: int = 0
-    tokens: int = 0
-    train_seconds: float = 0.0
-    eval_seconds: float = 0.0
-
-
 def train(
     settings: RunSettings,
     out: str | Path,
@@ -82,343 +60,344 @@ def train(
         UsageError: settings, data or folder that cannot be used; nothing is written then.
         SoftPromptsError: the loss is not a number, or the disk refuses.
     """
-    out, progress = Path(out), progress or Progress()
-    accelerator = Accelerator(cpu=default_device().type == "cpu")
-    earlier = None
-    if resume and (out / results.RECORD).exists():
-        record = earlier = results.read_record(out)
-        if record["settings"] != settings.model_dump(mode="json"):
-            raise UsageError(f"{out} was begun with other settings; resume with --out alone, or take --overwrite")
-        if record["status"] == "done":
-            progress.note(f"{out} is finished; nothing to resume")
-            return record
-    results.check_folder(out, resume, overwrite)
-    torch.manual_seed(settings.seed)
-    task_data = load_data(settings)
-    backbone = load_backbone(settings.model, num_labels(task_data.task))
-    attach(
-        backbone.model,
-        settings.method_config(),
-        tokenizer=backbone.tokenizer,
-        also_train=backbone.untrained,
-        # A saved state holds the weights: the adapters they started from may be gone.
-        initialise=not (resume and (out / results.STATE).exists()),
-    )
-    if not trainable(backbone):
-        raise UsageError(f"method '{settings.method['name']}' trains nothing here; take a prompt method, or a head")
-    encoder = make_encoder(backbone, task_data.task, settings.data, adapters_of(backbone.model).longest_text)
-    splits = {name: encoder.encode(getattr(task_data, name)) for name in ("train", "validation", "test")}
-    for note in (*task_data.notes, *truncation_notes(splits, encoder)):
-        progress.note(note)
+    return train_together([settings], [out], resume=resume, overwrite=overwrite, progress=progress)[0]
 
-    record = results.new_record(settings, task_data, backbone, splits, named_trainable(backbone))
-    if earlier is not None and earlier["data"]["provenance"] != record["data"]["provenance"]:
-        raise UsageError(f"the data have changed since {out} was begun; take --overwrite to begin again")
+
+def train_together(
+    settings: Sequence[RunSettings],
+    outs: Sequence[str | Path],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    halving: Halving | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Train several prompts on one backbone at once, each as if alone, and leave a run record in each folder.
+
+    Args:
+        settings: of the members; they may differ in method, rates, seed and few-shot draw.
+        outs: a folder for each.
+        resume: continue where the folders' common state says.
+        overwrite: begin again.
+        halving: drop the worse half after some evaluations; such a member's record has the status "dropped".
+        progress: hears of every step.
+
+    Raises:
+        UsageError: settings, data or folders that cannot be used, or members that do not fit each other.
+        SoftPromptsError: a loss is not a number, or the disk refuses.
+    """
+    folders, progress = [Path(out) for out in outs], progress or Progress()
+    first = settings[0]
+    check_fit(settings)
+    accelerator = Accelerator(cpu=default_device().type == "cpu")
+    if len(settings) > 1 and accelerator.num_processes > 1:
+        raise UsageError(
+            "several prompts on one backbone train in one process; start one process, or one run at a time"
+        )
+    earlier = [unfinished(one, out, resume) for one, out in zip(settings, folders, strict=True)]
+    if all(record is not None and record["status"] in ("done", "dropped") for record in earlier):
+        for out in folders:
+            progress.note(f"{out} is finished; nothing to resume")
+        return [record for record in earlier if record is not None]
+    for out in folders:
+        results.check_folder(out, resume, overwrite)
+    torch.manual_seed(first.seed)
+    task_data = load_data(first)
+    backbone = load_backbone(first.model, num_labels(task_data.task))
+    names = ["default"] if len(settings) == 1 else [f"member-{number}" for number in range(len(settings))]
+    begun = resume and (folders[0] / results.STATE).exists()
+    for number, (one, name) in enumerate(zip(settings, names, strict=True)):
+        if number:
+            torch.manual_seed(one.seed)
+        # A saved state holds the weights: the adapters they started from may be gone.
+        attach(
+            backbone.model,
+            one.method_config(),
+            name,
+            tokenizer=backbone.tokenizer,
+            also_train=backbone.untrained,
+            initialise=not begun,
+        )
+        if not any(parameter.requires_grad for parameter in backbone.model.parameters()):
+            raise UsageError(f"method '{one.method['name']}' trains nothing here; take a prompt method, or a head")
+    adapters = adapters_of(backbone.model)
+    reaches = [adapters.reach(name) for name in names]
+    encoder = make_encoder(backbone, task_data.task, first.data, min((r for r in reaches if r), default=None))
+    shared = {name: encoder.encode(getattr(task_data, name)) for name in ("train", "validation", "test")}
+    for note in (*task_data.notes, *truncation_notes(shared, encoder)):
+        progress.note(note)
+    members = []
+    for one, out, name, before in zip(settings, folders, names, earlier, strict=True):
+        data, splits = task_data, shared
+        if (one.data.shots, one.data.shot_seed) != (first.data.shots, first.data.shot_seed):
+            data = load_data(one)
+            splits = {**shared, "train": encoder.encode(data.train)}
+        member = Member(one, out, name, encoder, data, splits)
+        member.record = results.new_record(one, data, backbone, splits, name, member.parameters.values())
+        if before is not None and before["data"]["provenance"] != member.record["data"]["provenance"]:
+            raise UsageError(f"the data have changed since {out} was begun; take --overwrite to begin again")
+        members.append(member)
     # Every process draws its own dropout; the first one's numbers are those of a run alone.
     if accelerator.process_index:
-        torch.manual_seed(settings.seed + 7919 * accelerator.process_index)
+        torch.manual_seed(first.seed + 7919 * accelerator.process_index)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if accelerator.is_main_process:
-        if overwrite and not resume:
-            results.clear_folder(out)
-        results.write_record(out, record)
+        for member in members:
+            if overwrite and not resume:
+                results.clear_folder(member.out)
+            results.write_record(member.out, member.record)
     accelerator.wait_for_everyone()
-    run = Run(settings, out, encoder, splits, accelerator, progress)
+    run = Run(members, accelerator, progress, halving)
     try:
         run.steps()
-        record = run.finish(record, task_data)
+        records = run.finish()
     except Exception as error:
         if accelerator.is_main_process:
-            with suppress(SoftPromptsError):
-                results.write_record(out, {**record, "status": "failed", "error": f"{type(error).__name__}: {error}"})
+            for member in members:
+                failed = {**member.record, "status": "failed", "error": f"{type(error).__name__}: {error}"}
+                with suppress(SoftPromptsError):
+                    results.write_record(member.out, failed)
         raise
     if accelerator.is_main_process:
-        results.write_record(out, record)
-        (out / results.STATE).unlink(missing_ok=True)
+        for member, record in zip(members, records, strict=True):
+            results.write_record(member.out, record)
+        run.state_file.unlink(missing_ok=True)
+    return records
+
+
+def unfinished(settings: RunSettings, out: Path, resume: bool) -> dict[str, Any] | None:
+    """Return the record that a resumed run has left, None if there is none.
+
+    Raises:
+        UsageError: it was begun with other settings.
+    """
+    if not (resume and (out / results.RECORD).exists()):
+        return None
+    record = results.read_record(out)
+    if record["settings"] != settings.model_dump(mode="json"):
+        raise UsageError(f"{out} was begun with other settings; resume with --out alone, or take --overwrite")
     return record
 
 
 class Run:
-    """One training run in progress."""
+    """The members of a run in progress, on one backbone."""
 
     def __init__(
-        self,
-        settings: RunSettings,
-        out: Path,
-        encoder: Encoder,
-        splits: dict[str, Rows],
-        accelerator: Accelerator,
-        progress: Progress,
+        self, members: Sequence[Member], accelerator: Accelerator, progress: Progress, halving: Halving | None = None
     ) -> None:
-        self.settings, self.out, self.encoder, self.splits = settings, out, encoder, splits
-        self.accelerator, self.progress = accelerator, progress
-        self.backbone = encoder.backbone
+        self.members, self.accelerator, self.progress, self.halving = members, accelerator, progress, halving
+        self.encoder = members[0].encoder
+        self.backbone = self.encoder.backbone
+        self.state_file = members[0].out / results.STATE
+        for member in members:
+            for parameter in member.parameters.values():
+                parameter.requires_grad_(True)
         self.model = accelerator.prepare(self.backbone.model)
-        self.optimizer = make_optimizer(self.backbone, settings.train)
-        self.state = State()
-        self.pending: list[Tensor] = []
-        self.epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes."""
+        return self.accelerator.is_main_process
+
+    def training(self) -> list[Member]:
+        """Return the members that have steps to go."""
+        return [member for member in self.members if member.trains]
 
     def steps(self) -> None:
         """Train to the last step, or until patience runs out; resume where a saved state says."""
-        plan = self.settings.train
+        plan = self.members[0].plan
         self.load_state()
         self.progress.phase("train", plan.steps)
-        self.progress.advance(self.state.step)
+        done = max(member.state.step for member in self.members)
+        self.progress.advance(done)
         self.backbone.model.train()
         begun = time.perf_counter()
-        while self.state.step < plan.steps and not self.out_of_patience():
-            self.step(plan)
-            done = self.state.step
+        while training := self.training():
+            self.step(training)
+            done = training[0].state.step
             evaluates = done % plan.eval_steps() == 0 or done == plan.steps
             saves = done % (plan.save_every or plan.eval_steps()) == 0 and done < plan.steps
             if evaluates or saves or done % LOG_EVERY == 0:
-                self.log()
+                self.log(training)
             if evaluates or saves:
-                self.state.train_seconds += time.perf_counter() - begun
+                for member in training:
+                    member.state.train_seconds += (time.perf_counter() - begun) / len(training)
                 if evaluates:
-                    self.validate()
+                    self.validate(training)
                 if saves:
                     self.save_state()
                 begun = time.perf_counter()
-        if self.out_of_patience():
-            text = f"stopped at step {self.state.step}: {plan.patience} evaluations without a better score"
-            self.progress.note(text)
 
-    def out_of_patience(self) -> bool:
-        """Whether the last evaluations brought nothing."""
-        patience = self.settings.train.patience
-        return patience is not None and self.state.stale >= patience
-
-    def step(self, plan: TrainSettings) -> None:
-        """One optimizer step on one batch, cut into `accumulate` pieces and shared among processes."""
-        chosen = self.batch_at(self.state.step)
+    def step(self, training: Sequence[Member]) -> None:
+        """One optimizer step of each member, all their rows in one batch, cut into pieces and shared by processes."""
+        plan, processes = training[0].plan, self.accelerator.num_processes
+        whole = [member.batch_at(member.state.step) for member in training]
+        totals = [member.weight(chosen) for member, chosen in zip(training, whole, strict=True)]
         # A process without a row of a small last batch takes one for nothing: all must join in the backward pass.
-        own = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
-        mine, counts = own or chosen[:1], bool(own)
-        size = -(-len(mine) // plan.accumulate)
-        pieces = [mine[i : i + size] for i in range(0, len(mine), size)]
-        total = self.weight(chosen)
-        self.state.tokens += sum(len(self.splits["train"].sources[i]) for i in chosen)
-        loss_sum = torch.zeros((), device=self.accelerator.device)
-        for number, piece in enumerate(pieces, 1):
-            inputs, labels = self.encoder.batch(self.splits["train"], piece)
-            last = number == len(pieces)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                inputs, labels = to_device(inputs, self.backbone.model), labels.to(self.accelerator.device)
-                part = summed_loss(self.model(**inputs).logits, labels, self.backbone) * counts
+        shares = [chosen[self.accelerator.process_index :: processes] for chosen in whole]
+        counts = [bool(share) for share in shares]
+        shares = [share or chosen[:1] for share, chosen in zip(shares, whole, strict=True)]
+        pieces = max(-(-len(share) // -(-len(share) // plan.accumulate)) for share in shares)
+        sums = torch.zeros(len(training), device=self.accelerator.device)
+        for number in range(pieces):
+            parts = [piece(share, plan.accumulate, number) for share in shares]
+            with nullcontext() if number == pieces - 1 else self.accelerator.no_sync(self.model):
+                losses = self.losses(training, parts)
                 # Divided by the whole batch, so that pieces and processes add up to the mean of the batch.
-                self.accelerator.backward(part * self.accelerator.num_processes / total)
-            loss_sum += part.detach()
-        if plan.clip:
-            torch.nn.utils.clip_grad_norm_(trainable(self.backbone), plan.clip, foreach=True)
-        factor = schedule(self.state.step, plan.steps, plan.warmup_steps())
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.pending.append(self.accelerator.reduce(loss_sum) / total)
-        self.state.step += 1
+                scaled = [
+                    loss * count * processes / total
+                    for loss, count, total in zip(losses, counts, totals, strict=True)
+                    if loss is not None
+                ]
+                self.accelerator.backward(sum(scaled[1:], scaled[0]))
+            for index, (loss, count) in enumerate(zip(losses, counts, strict=True)):
+                if loss is not None:
+                    sums[index] += loss.detach() * count
+        sums = self.accelerator.reduce(sums)
+        for index, (member, chosen) in enumerate(zip(training, whole, strict=True)):
+            member.state.tokens += sum(len(member.splits["train"].sources[i]) for i in chosen)
+            member.pending.append(sums[index] / totals[index])
+            member.update()
         self.progress.advance(1)
 
-    def batch_at(self, step: int) -> list[int]:
-        """Return the rows of a step; a pure function of the seed and the step."""
-        rows, plan = self.splits["train"], self.settings.train
-        per_epoch = -(-len(rows) // plan.batch_size)
-        number, place = divmod(step, per_epoch)
-        if self.epoch[0] != number:
-            lengths = [len(ids) for ids in rows.sources]
-            self.epoch = number, epoch_batches(lengths, plan.batch_size, self.settings.seed, number)
-        return self.epoch[1][place]
+    def losses(self, training: Sequence[Member], parts: Sequence[list[int]]) -> list[Tensor | None]:
+        """Return each member's summed loss on its rows, None without rows; the backbone runs once."""
+        rows = Rows.together([member.splits["train"].pick(part) for member, part in zip(training, parts, strict=True)])
+        inputs, labels = self.encoder.batch(rows, range(len(rows)))
+        inputs, labels = to_device(inputs, self.backbone.model), labels.to(self.accelerator.device)
+        names = [member.name for member, part in zip(training, parts, strict=True) for _ in part]
+        with nullcontext() if len(self.members) == 1 else using(self.backbone.model, names):
+            logits = self.model(**inputs).logits
+        found: list[Tensor | None] = []
+        start = 0
+        for part in parts:
+            own = slice(start, start + len(part))
+            found.append(summed_loss(logits[own], labels[own], self.backbone) if part else None)
+            start += len(part)
+        return found
 
-    def weight(self, chosen: list[int]) -> int:
-        """Return by what a batch's summed loss is divided: its target tokens, or its rows for a head."""
-        if self.backbone.kind == "classification":
-            return len(chosen)
-        return sum(len(self.splits["train"].targets[i]) for i in chosen)
+    def log(self, training: Sequence[Member]) -> None:
+        """Write the losses since the last look; SoftPromptsError if one is not a number."""
+        means = [member.log(self.main) for member in training]
+        known = [mean for mean in means if mean is not None]
+        if known:
+            self.progress.advance(0, loss=sum(known) / len(known))
 
-    def log(self) -> None:
-        """Write the losses since the last look, one line a step.
-
-        Raises:
-            SoftPromptsError: a loss is not a finite number.
-        """
-        losses = torch.stack(self.pending).tolist() if self.pending else []
-        first = self.state.step - len(losses) + 1
-        self.pending.clear()
-        for step, loss in enumerate(losses, first):
-            if loss != loss or loss in (float("inf"), float("-inf")):
-                plan = self.settings.train
-                raise SoftPromptsError(
-                    f"the loss is {loss} at step {step} (train.prompt_rate={plan.prompt_rate}, train.offset_rate="
-                    f"{plan.offset_rate}, model.dtype={self.settings.model.dtype}); lower the rates or take fp32"
+    def validate(self, training: Sequence[Member]) -> None:
+        """Score the validation split; keep the adapters that are the best so far; drop losers if halving says so."""
+        scores = []
+        for member in training:
+            begun = time.perf_counter()
+            scores.append(member.judge(self.evaluate(member, "validation").scores, self.main))
+            member.state.eval_seconds += time.perf_counter() - begun
+            if member.out_of_patience():
+                self.progress.note(
+                    f"{self.label(member)}stopped at step {member.state.step}: {member.plan.patience} evaluations "
+                    f"without a better score"
                 )
-            if self.accelerator.is_main_process:
-                results.append_step(self.out, {"step": step, "loss": loss})
-        if losses:
-            self.progress.advance(0, loss=sum(losses) / len(losses))
+        self.progress.advance(0, score=max(scores))
+        if self.halving is not None:
+            for member, reason in self.halving.losers(self.training()):
+                member.state.dropped = reason
+                self.progress.note(f"{self.label(member)}{reason}")
+                if self.main:
+                    results.write_record(member.out, member.gave_up())
 
-    def validate(self) -> None:
-        """Score the validation split and keep the adapter if it is the best so far."""
-        begun = time.perf_counter()
-        scores = self.evaluate("validation").scores
-        select = self.encoder.task.select_metric(self.settings.data.protocol)
-        if scores[select] > self.state.best_score:
-            self.state.best_score, self.state.best_step = scores[select], self.state.step
-            self.state.best_scores, self.state.stale = scores, 0
-            if self.accelerator.is_main_process:
-                save_adapter(self.backbone.model, self.out / results.ADAPTER, about=self.about())
-        else:
-            self.state.stale += 1
-        if self.accelerator.is_main_process:
-            results.append_step(self.out, {"step": self.state.step, "validation": scores})
-        self.state.eval_seconds += time.perf_counter() - begun
-        self.progress.advance(0, score=scores[select])
+    def label(self, member: Member) -> str:
+        """Return how notes call a member: by its folder, if it has company."""
+        return "" if len(self.members) == 1 else f"{member.out.name}: "
 
-    def evaluate(self, split: str, advance: Callable[[int], Any] = lambda done: None) -> Evaluation:
-        """Answer and score one split with the model as it is."""
-        plan = self.settings.eval
+    def evaluate(self, member: Member, split: str, advance: Callable[[int], Any] = lambda done: None) -> Evaluation:
+        """Answer and score one split with a member's adapter as it is."""
+        adapters, plan = adapters_of(self.backbone.model), member.settings.eval
+        adapters.active = member.name
         return evaluate(
             self.encoder,
-            self.splits[split],
-            self.settings.data.protocol,
+            member.splits[split],
+            member.settings.data.protocol,
             plan.scoring,
             plan.batch_size,
             advance,
             self.accelerator,
         )
 
-    def about(self) -> dict[str, Any]:
-        """Return what a saved adapter says of its origin, enough to use it alone."""
-        kinds = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
-        return {
-            "base_model_name_or_path": self.settings.model.name,
-            "revision": self.settings.model.revision,
-            "task_type": kinds[self.backbone.kind],
-            RUN_ENTRY: run_entry(self.settings, self.encoder.task),
-        }
-
     def save_state(self) -> None:
         """Write everything a resume needs into one file, atomically."""
         self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
+        if not self.main:
             return
         tensors = {"rng": torch.get_rng_state()}
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
-        for name, parameter in named_trainable(self.backbone):
-            tensors[f"value.{name}"] = parameter
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}.{name}"] = value
-        write_tensors(self.out / results.STATE, tensors, {"state": json.dumps(vars(self.state))})
+        states = {}
+        for member in self.members:
+            tensors |= {f"{member.name}/{key}": value for key, value in member.tensors().items()}
+            states[member.name] = json.dumps(vars(member.state))
+        write_tensors(self.state_file, tensors, states)
 
     def load_state(self) -> None:
-        """Go on from a saved state if there is one."""
-        path = self.out / results.STATE
-        if not path.exists():
-            self.keep_steps()
-            return
-        try:
-            with safe_open(path, "pt") as file:
-                self.read_state(file)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{path} is damaged ({error}); begin again with --overwrite") from None
-        self.keep_steps()
-        self.progress.note(f"resumed at step {self.state.step}")
+        """Go on from a saved state if there is one; forget the log of steps beyond it."""
+        if self.state_file.exists():
+            try:
+                with safe_open(self.state_file, "pt") as file:
+                    self.read_state(file)
+            except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                raise UsageError(f"{self.state_file} is damaged ({error}); begin again with --overwrite") from None
+            self.progress.note(f"resumed at step {max(member.state.step for member in self.members)}")
+        if self.main:
+            for member in self.members:
+                results.keep_steps(member.out, member.state.step)
 
     def read_state(self, file: Any) -> None:
-        """Take over the step, the random state, the weights and AdamW's moments."""
-        self.state = State(**json.loads(file.metadata()["state"]))
-        if self.accelerator.is_main_process:
-            torch.set_rng_state(file.get_tensor("rng"))
-            if torch.cuda.is_available() and "rng.cuda" in file.keys():  # noqa: SIM118 (not a dict)
-                torch.cuda.set_rng_state(file.get_tensor("rng.cuda"))
-        with torch.no_grad():
-            for name, parameter in named_trainable(self.backbone):
-                parameter.copy_(file.get_tensor(f"value.{name}"))
-                self.optimizer.state[parameter] = {
-                    key: file.get_tensor(f"{key}.{name}").to(parameter.device if key != "step" else "cpu")
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+        """Take over the random state, and every member's step, weights and moments."""
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        for member in self.members:
+            own = f"{member.name}/"
+            mine = {key.removeprefix(own): value for key, value in tensors.items() if key.startswith(own)}
+            member.take(file.metadata()[member.name], mine)
+        if self.main:
+            torch.set_rng_state(tensors["rng"])
+            if torch.cuda.is_available() and "rng.cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["rng.cuda"])
 
-    def keep_steps(self) -> None:
-        """Forget the log of steps that a killed run took beyond its saved state."""
-        if self.accelerator.is_main_process:
-            results.keep_steps(self.out, self.state.step)
-
-    def finish(self, record: dict[str, Any], data: TaskData) -> dict[str, Any]:
-        """Score the best adapter on the test split, write the predictions, complete the record."""
-        protocol, task = self.settings.data.protocol, self.encoder.task
+    def finish(self) -> list[dict[str, Any]]:
+        """Score each member's best adapter on the test split, write the predictions, return the records."""
         self.accelerator.wait_for_everyone()
-        restore_adapter(self.backbone.model, self.out / results.ADAPTER)
-        begun = time.perf_counter()
-        self.progress.phase("test", len(self.splits["test"]))
-        test = self.evaluate("test", self.progress.advance)
-        baselines = {"majority": majority(task, data.train, data.test, protocol)}
-        self.state.eval_seconds += time.perf_counter() - begun
-        if self.settings.eval.untuned and self.backbone.kind != "classification":
-            self.progress.phase("untuned", len(self.splits["test"]))
-            with disabled(self.backbone.model):
-                baselines["untuned"] = self.evaluate("test", self.progress.advance).scores
-        if self.accelerator.is_main_process:
-            results.write_predictions(
-                self.out,
-                (
-                    {"source": example.source, "target": example.target, "prediction": prediction}
-                    for example, prediction in zip(data.test, test.predictions, strict=True)
-                ),
-            )
-        state = self.state
-        return {
-            **record,
-            "status": "done",
-            "steps_done": state.step,
-            "best_step": state.best_step,
-            "scores": {"validation": state.best_scores, "test": test.scores},
-            "baselines": baselines,
-            "scoring": test.scoring,
-            "cost": {
-                "seconds": round(state.train_seconds + state.eval_seconds, 2),
-                "train_seconds": round(state.train_seconds, 2),
-                "eval_seconds": round(state.eval_seconds, 2),
-                "tokens": state.tokens,
-                "tokens_per_second": round(state.tokens / max(state.train_seconds, 1e-9), 1),
-                "peak_memory_bytes": results.peak_memory(),
-                "adapter_bytes": results.folder_bytes(self.out / results.ADAPTER),
-            },
-        }
+        records, untuned = [], None
+        for member in self.members:
+            if member.state.dropped is not None:
+                records.append(member.gave_up())
+                continue
+            member.take_best()
+            begun = time.perf_counter()
+            self.progress.phase("test", len(member.splits["test"]))
+            test = self.evaluate(member, "test", self.progress.advance)
+            data, protocol = member.data, member.settings.data.protocol
+            baselines = {"majority": majority(self.encoder.task, data.train, data.test, protocol)}
+            member.state.eval_seconds += time.perf_counter() - begun
+            if member.settings.eval.untuned and self.backbone.kind != "classification":
+                if untuned is None:
+                    self.progress.phase("untuned", len(member.splits["test"]))
+                    with disabled(self.backbone.model):
+                        untuned = self.evaluate(member, "test", self.progress.advance).scores
+                baselines["untuned"] = untuned
+            if self.main:
+                results.write_predictions(
+                    member.out,
+                    (
+                        {"source": example.source, "target": example.target, "prediction": prediction}
+                        for example, prediction in zip(data.test, test.predictions, strict=True)
+                    ),
+                )
+            records.append(member.finished(test, baselines, len(self.members)))
+        return records
 
 
-def trainable(backbone: Backbone) -> list[torch.nn.Parameter]:
-    """Return everything that trains: the active prompt and the head."""
-    return [parameter for _, parameter in named_trainable(backbone)]
-
-
-def named_trainable(backbone: Backbone) -> list[tuple[str, torch.nn.Parameter]]:
-    """Return everything that trains, by name."""
-    return [(name, p) for name, p in backbone.model.named_parameters() if p.requires_grad]
-
-
-def make_optimizer(backbone: Backbone, plan: TrainSettings) -> torch.optim.AdamW:
-    """Return AdamW with one learning rate for the prompt, one for the offset, one for a head."""
-    rates = {"prompt": plan.prompt_rate, "offset": plan.offset_rate}
-    adapters = adapters_of(backbone.model)
-    groups = [
-        {"params": parameters, "peak": rates[name], "name": name}
-        for name, parameters in adapters.method().groups().items()
-    ]
-    head = [p for name in adapters.heads for p in backbone.model.get_submodule(name).parameters()]
-    if head:
-        groups.append({"params": head, "peak": plan.head_rate, "name": "head"})
-    return torch.optim.AdamW(groups, lr=0.0, eps=EPSILON, weight_decay=plan.weight_decay)
-
-
-def schedule(step: int, steps: int, warmup: int) -> float:
-    """Return the factor on every rate: linear up over `warmup` steps, then linear down to 0 at `steps`."""
-    if step < warmup:
-        return step / warmup
-    return max(0.0, (steps - step) / max(1, steps - warmup))
+def piece(share: list[int], accumulate: int, number: int) -> list[int]:
+    """Return the rows of one of the pieces that a share of a batch is cut into; later pieces may be empty."""
+    size = -(-len(share) // accumulate)
+    return share[number * size : (number + 1) * size]
 
 
 def summed_loss(logits: Tensor, labels: Tensor, backbone: Backbone) -> Tensor:

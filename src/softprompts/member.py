@@ -1,0 +1,241 @@
+"""One run's own things: its prompt and optimizer, its batches, its best checkpoint, its folder and record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompts import results
+from softprompts.attach import adapters_of
+from softprompts.backbone import Backbone
+from softprompts.checkpoint import restore_adapter, save_adapter
+from softprompts.config import RunSettings, TrainSettings
+from softprompts.data import Encoder, Rows, epoch_batches
+from softprompts.errors import SoftPromptsError
+from softprompts.evaluate import Evaluation
+from softprompts.shapes import SLOT
+from softprompts.tasks import TaskData
+from softprompts.trained import RUN_ENTRY, run_entry
+
+EPSILON = 1e-6
+"""AdamW's epsilon in the reference code."""
+TASK_TYPES = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
+
+
+@dataclass
+class State:
+    """How far a run is. Together with the tensors beside it, all that a resume needs."""
+
+    step: int = 0
+    best_step: int = 0
+    best_score: float = float("-inf")
+    best_scores: dict[str, float] = field(default_factory=dict)
+    stale: int = 0
+    tokens: int = 0
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    dropped: str | None = None
+
+
+class Member:
+    """One set of settings in training: alone, or beside others on one backbone.
+
+    Args:
+        settings: of the run.
+        out: its folder.
+        name: of its adapter on the model.
+        encoder: of the backbone, with the adapter attached.
+        data: the task's examples.
+        splits: the same, encoded.
+    """
+
+    def __init__(
+        self, settings: RunSettings, out: Path, name: str, encoder: Encoder, data: TaskData, splits: dict[str, Rows]
+    ) -> None:
+        self.settings, self.out, self.name = settings, out, name
+        self.encoder, self.data, self.splits = encoder, data, splits
+        self.backbone = encoder.backbone
+        self.parameters = trainable(self.backbone, name)
+        self.optimizer = make_optimizer(self.backbone, name, settings.train)
+        self.state = State()
+        self.pending: list[Tensor] = []
+        self.epoch: tuple[int, list[list[int]]] = (-1, [])
+        self.record: dict[str, Any] = {}
+
+    @property
+    def plan(self) -> TrainSettings:
+        """The settings of the loop."""
+        return self.settings.train
+
+    @property
+    def trains(self) -> bool:
+        """Whether steps are left for it."""
+        return self.state.step < self.plan.steps and not self.out_of_patience() and self.state.dropped is None
+
+    def out_of_patience(self) -> bool:
+        """Whether the last evaluations brought nothing."""
+        return self.plan.patience is not None and self.state.stale >= self.plan.patience
+
+    def batch_at(self, step: int) -> list[int]:
+        """Return the rows of a step; a pure function of the seed and the step."""
+        rows, plan = self.splits["train"], self.plan
+        per_epoch = -(-len(rows) // plan.batch_size)
+        number, place = divmod(step, per_epoch)
+        if self.epoch[0] != number:
+            lengths = [len(ids) for ids in rows.sources]
+            self.epoch = number, epoch_batches(lengths, plan.batch_size, self.settings.seed, number)
+        return self.epoch[1][place]
+
+    def weight(self, chosen: list[int]) -> int:
+        """Return by what a batch's summed loss is divided: its target tokens, or its rows for a head."""
+        if self.backbone.kind == "classification":
+            return len(chosen)
+        return sum(len(self.splits["train"].targets[i]) for i in chosen)
+
+    def update(self) -> None:
+        """Clip the gradients, take one optimizer step at the schedule's rates, forget the gradients."""
+        if self.plan.clip:
+            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.plan.clip, foreach=True)
+        factor = schedule(self.state.step, self.plan.steps, self.plan.warmup_steps())
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+
+    def log(self, write: bool) -> float | None:
+        """Write the losses since the last look, one line a step; return their mean.
+
+        Raises:
+            SoftPromptsError: a loss is not a finite number.
+        """
+        losses = torch.stack(self.pending).tolist() if self.pending else []
+        first = self.state.step - len(losses) + 1
+        self.pending.clear()
+        for step, loss in enumerate(losses, first):
+            if loss != loss or loss in (float("inf"), float("-inf")):
+                raise SoftPromptsError(
+                    f"the loss is {loss} at step {step} (train.prompt_rate={self.plan.prompt_rate}, train.offset_rate="
+                    f"{self.plan.offset_rate}, model.dtype={self.settings.model.dtype}); lower the rates or take fp32"
+                )
+            if write:
+                results.append_step(self.out, {"step": step, "loss": loss})
+        return sum(losses) / len(losses) if losses else None
+
+    def judge(self, scores: dict[str, float], write: bool) -> float:
+        """Keep the adapter if its validation scores are the best so far; return the score that decides."""
+        score = scores[self.encoder.task.select_metric(self.settings.data.protocol)]
+        if score > self.state.best_score:
+            self.state.best_score, self.state.best_step = score, self.state.step
+            self.state.best_scores, self.state.stale = scores, 0
+            if write:
+                save_adapter(self.backbone.model, self.out / results.ADAPTER, self.name, self.about())
+        else:
+            self.state.stale += 1
+        if write:
+            results.append_step(self.out, {"step": self.state.step, "validation": scores})
+        return score
+
+    def take_best(self) -> None:
+        """Put the best checkpoint's weights back."""
+        restore_adapter(self.backbone.model, self.out / results.ADAPTER, self.name)
+
+    def about(self) -> dict[str, Any]:
+        """Return what a saved adapter says of its origin, enough to use it alone."""
+        return {
+            "base_model_name_or_path": self.settings.model.name,
+            "revision": self.settings.model.revision,
+            "task_type": TASK_TYPES[self.backbone.kind],
+            RUN_ENTRY: run_entry(self.settings, self.encoder.task),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the weights and AdamW's moments, by name."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            found[f"value.{name}"] = parameter
+            found |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
+        return found
+
+    def take(self, state: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state` (JSON) and `tensors` say; KeyError and TypeError if they are of another run."""
+        self.state = State(**json.loads(state))
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"value.{name}"])
+                if self.state.step:
+                    self.optimizer.state[parameter] = {
+                        key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu")
+                        for key in ("step", "exp_avg", "exp_avg_sq")
+                    }
+
+    def finished(self, test: Evaluation, baselines: dict[str, Any], beside: int) -> dict[str, Any]:
+        """Return the complete record. `beside` is the number of members that shared the backbone."""
+        state = self.state
+        together = {"population": beside} if beside > 1 else {}
+        return {
+            **self.record,
+            "status": "done",
+            "steps_done": state.step,
+            "best_step": state.best_step,
+            "scores": {"validation": state.best_scores, "test": test.scores},
+            "baselines": baselines,
+            "scoring": test.scoring,
+            "cost": {
+                "seconds": round(state.train_seconds + state.eval_seconds, 2),
+                "train_seconds": round(state.train_seconds, 2),
+                "eval_seconds": round(state.eval_seconds, 2),
+                "tokens": state.tokens,
+                "tokens_per_second": round(state.tokens / max(state.train_seconds, 1e-9), 1),
+                "peak_memory_bytes": results.peak_memory(),
+                "adapter_bytes": results.folder_bytes(self.out / results.ADAPTER),
+                **together,
+            },
+        }
+
+    def gave_up(self) -> dict[str, Any]:
+        """Return the record of a member that was dropped: no test scores, and the reason."""
+        return {
+            **self.record,
+            "status": "dropped",
+            "reason": self.state.dropped,
+            "steps_done": self.state.step,
+            "best_step": self.state.best_step,
+            "scores": {"validation": self.state.best_scores},
+        }
+
+
+def trainable(backbone: Backbone, name: str) -> dict[str, torch.nn.Parameter]:
+    """Return everything that one adapter trains, in the model's order, by a name without the adapter's."""
+    adapters = adapters_of(backbone.model)
+    own = f"{SLOT}.softprompt_methods.{name}."
+    starts = (own, *(f"{head}." for head in adapters.heads))
+    parameters = backbone.model.named_parameters()
+    return {key.removeprefix(own): parameter for key, parameter in parameters if key.startswith(starts)}
+
+
+def make_optimizer(backbone: Backbone, name: str, plan: TrainSettings) -> torch.optim.AdamW:
+    """Return AdamW with one learning rate for the prompt, one for the offset, one for a head."""
+    rates = {"prompt": plan.prompt_rate, "offset": plan.offset_rate}
+    adapters = adapters_of(backbone.model)
+    groups = [
+        {"params": parameters, "peak": rates[part], "name": part}
+        for part, parameters in adapters.method(name).groups().items()
+    ]
+    head = [p for module in adapters.heads for p in backbone.model.get_submodule(module).parameters()]
+    if head:
+        groups.append({"params": head, "peak": plan.head_rate, "name": "head"})
+    return torch.optim.AdamW(groups, lr=0.0, eps=EPSILON, weight_decay=plan.weight_decay)
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Return the factor on every rate: linear up over `warmup` steps, then linear down to 0 at `steps`."""
+    if step < warmup:
+        return step / warmup
+    return max(0.0, (steps - step) / max(1, steps - warmup))

@@ -1,0 +1,123 @@
+"""Answers cost one pass over the text: ranking equals a pass per word, generation stops, evaluations are limited."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import PAD, VOCABULARY, build, prompted
+from torch.testing import assert_close
+from transformers.modeling_outputs import BaseModelOutput
+
+from softprompts import evaluate
+from softprompts.attach import attach, remembering
+from softprompts.backbone import decoder_start, load_backbone
+from softprompts.config import ModelSettings
+from softprompts.data import Encoder, Rows
+from softprompts.evaluate import log_likelihood, rank_causal, rank_seq2seq, rank_whole
+from softprompts.registry import method_config
+from softprompts.tasks import get_task
+
+WORDS = [[5, 9, 1], [7, 1], [8, 4, 6, 11, 1], [12]]
+TEXTS = (9, 3, 6, 1)
+EXACT = dict(atol=1e-5, rtol=0)
+
+
+def encoder_of(network: Any, kind: str) -> Encoder:
+    """An encoder of made-up ids, which needs nothing of a tokenizer but its pad."""
+    tokenizer = SimpleNamespace(pad_token_id=PAD)
+    backbone: Any = SimpleNamespace(model=network, tokenizer=tokenizer, kind=kind)
+    return Encoder(backbone, get_task("glue/sst2"), 24, 8)
+
+
+def rows_of(lengths: tuple[int, ...] = TEXTS) -> Rows:
+    sources = [tiny.text(1, length)[0].tolist() for length in lengths]
+    return Rows([], sources, [[1]] * len(lengths), [0.0] * len(lengths), 0)
+
+
+def rank_each(encoder: Encoder, rows: Rows, chosen: list[int], words: list[list[int]]) -> torch.Tensor:
+    """The slow way of an encoder-decoder: its decoder once per word."""
+    model, inputs = encoder.backbone.model, encoder.inputs(rows, chosen)
+    memory = model.get_encoder()(**inputs)[0]
+    columns = []
+    for word in words:
+        ids = torch.tensor([decoder_start(model), *word[:-1]]).expand(len(chosen), -1)
+        logits = model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=memory),
+            attention_mask=inputs["attention_mask"],
+            decoder_input_ids=ids,
+        ).logits
+        columns.append(log_likelihood(logits, torch.tensor(word).expand(len(chosen), -1)))
+    return torch.stack(columns, 1)
+
+
+def calls_of(module: Any, run: Any) -> list[int]:
+    """Return how many rows each call of a module saw while `run` ran."""
+    seen: list[int] = []
+    handle = module.register_forward_hook(lambda module, args, output: seen.append(len(output[0])))
+    run()
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("room", [512, 8, 1])
+@pytest.mark.parametrize("words", [WORDS, [[5], [7]], [[5, 1], [7, 1]]], ids=["unequal", "single", "equal"])
+@pytest.mark.parametrize("method", [None, "accept", "adept"])
+@pytest.mark.parametrize("model", tiny.WRITERS)
+@torch.no_grad()
+def test_all_words_at_once_are_each_word_alone(
+    model: str, method: str | None, words: list[list[int]], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "WORD_ROWS", room)
+    network = build(model) if method is None else prompted(model, method)
+    fast, slow = (rank_seq2seq, rank_each) if model == "t5" else (rank_causal, rank_whole)
+    encoder, rows = encoder_of(network, "seq2seq" if model == "t5" else "causal"), rows_of()
+    for chosen in ([0, 1, 2, 3], [1], [3, 2]):
+        expected = slow(encoder, rows, chosen, words)
+        assert_close(fast(encoder, rows, chosen, words), expected, **EXACT)
+    if method is not None:
+        with remembering(network):
+            assert_close(fast(encoder, rows, [3, 2], words), expected, **EXACT)
+
+
+@torch.no_grad()
+def test_the_embedded_backbone_ranks_as_before() -> None:
+    backbone = load_backbone(ModelSettings(dtype="fp32"))
+    attach(backbone.model, method_config("accept", {"prompt_length": 6, "budget_tokens": 16}))
+    encoder = Encoder(backbone, get_task("demo/mood"), 40, 8)
+    rows = encoder.encode(tiny_examples("a warm film", "a dull and far too long evening", "fine"))
+    words = [encoder.encode_target(word) for word in ("bad", "good", "neither good nor bad")]
+    assert len({len(word) for word in words}) > 1
+    expected = rank_each(encoder, rows, [0, 1, 2], words)
+    assert_close(rank_seq2seq(encoder, rows, [0, 1, 2], words), expected, **EXACT)
+
+
+def tiny_examples(*texts: str) -> list[Any]:
+    from softprompts.tasks import Example
+
+    return [Example(f"sentence: {text}", "good", ("good",), label=1) for text in texts]
+
+
+@torch.no_grad()
+def test_ranking_reads_the_text_once() -> None:
+    rows, chosen = rows_of(), [0, 1, 2, 3]
+    network = prompted("t5", "accept")
+    encoder = encoder_of(network, "seq2seq")
+    run = lambda words: lambda: rank_seq2seq(encoder, rows, chosen, words)  # noqa: E731
+    assert calls_of(network.get_encoder(), run(WORDS)) == [4]
+    assert calls_of(network.get_decoder(), run(WORDS)) == [4 * len(WORDS)]
+    network = build("llama")
+    encoder = encoder_of(network, "causal")
+    run = lambda words: lambda: rank_causal(encoder, rows, chosen, words)  # noqa: E731
+    assert calls_of(network.base_model, run(WORDS)) == [4, 4 * len(WORDS)]
+    assert calls_of(network.base_model, run([[5], [7]])) == [4]
+
+
+@torch.no_grad()
+def test_models_without_a_cache_are_ranked_word_by_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build("llama")
+    encoder, rows = encoder_of(network, "causal"), rows_of()
+    expected = rank_causal(encoder, rows, [0, 1, 2], WORDS)
+    network.base_model.register_forward_hook(lambda module, args, output: setattr(output, "past_key_values", None))
+    assert_close(rank_causal(encoder, rows, [0, 1, 2], WORDS), expected, **EXACT)

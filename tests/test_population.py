@@ -1,0 +1,154 @@
+"""Several prompts trained on one backbone at once: each as if alone, resumed, and dropped with a reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import SMALL, KillAt, Killed, settings_of
+from torch.testing import assert_close
+
+from softprompts import results
+from softprompts.checkpoint import WEIGHTS_FILE
+from softprompts.errors import UsageError
+from softprompts.member import Member
+from softprompts.population import Halving, check_fit, fits
+from softprompts.train import Progress, train, train_together
+
+assert "model.dtype=fp32" in SMALL, "equality is meant to the last digits"
+
+MEMBERS = (
+    ("seed=1",),
+    ("seed=2", "train.prompt_rate=0.5", "train.offset_rate=0.02"),
+    ("seed=3", "method.init=gaussian", "train.warmup=0", "train.clip=0.1"),
+    ("seed=4", "method={name='adept', prompt_length=9, rank=4, dropout=0.0}", "train.weight_decay=0.1"),
+    ("seed=5", "data.shots=6", "data.shot_seed=7"),
+)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / results.ADAPTER / WEIGHTS_FILE)
+
+
+def losses(folder: Path) -> list[float]:
+    rows = map(json.loads, (folder / results.STEPS).read_text().splitlines())
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_each_member_is_as_if_alone(tmp_path: Path) -> None:
+    steps = ("train.steps=50", "train.eval_every=25", "eval.untuned=true", "train.batch_size=3")
+    settings = [settings_of(*steps, *more) for more in MEMBERS]
+    together = train_together(settings, [tmp_path / f"together-{n}" for n in range(len(settings))])
+    different = set()
+    for number, one in enumerate(settings):
+        folder, beside = tmp_path / f"alone-{number}", tmp_path / f"together-{number}"
+        alone = train(one, folder)
+        # fp32 sums in another order, 50 steps at rates up to 1.
+        assert_close(torch.tensor(losses(beside)), torch.tensor(losses(folder)), atol=2e-3, rtol=2e-3)
+        assert_close(losses(beside)[:5], losses(folder)[:5], atol=1e-4, rtol=1e-4)
+        for key, value in weights(folder).items():
+            assert (weights(beside)[key] - value).norm() < 2e-3 * value.norm(), key
+        record = together[number]
+        assert record["scores"] == alone["scores"] and record["baselines"] == alone["baselines"]
+        assert record["settings"] == alone["settings"] and record["data"] == alone["data"]
+        assert record["cost"]["population"] == len(settings) and "population" not in alone["cost"]
+        assert record["cost"]["tokens"] == alone["cost"]["tokens"]
+        different.add(round(losses(beside)[-1], 5))
+    assert len(different) == len(settings), "the members are told apart"
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    settings = [settings_of(*more) for more in MEMBERS[:3]]
+    whole = [tmp_path / f"whole-{n}" for n in range(3)]
+    train_together(settings, whole)
+    outs = [tmp_path / f"killed-{n}" for n in range(3)]
+    with pytest.raises(Killed):
+        train_together(settings, outs, progress=KillAt(7))
+    records = train_together(settings, outs, resume=True)
+    for done, killed, record in zip(whole, outs, records, strict=True):
+        assert (done / results.STEPS).read_bytes() == (killed / results.STEPS).read_bytes()
+        for key, value in weights(done).items():
+            assert torch.equal(weights(killed)[key], value), key
+        assert record["scores"] == results.read_record(done)["scores"]
+    assert train_together(settings, outs, resume=True) == records, "nothing is left to do"
+
+
+def test_losers_are_dropped_and_it_is_said(tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    class Listen(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    rates = ("train.prompt_rate=0.3", "train.prompt_rate=0", "train.prompt_rate=0.1", "train.prompt_rate=0.2")
+    settings = [settings_of(rate, "train.offset_rate=0") for rate in rates]
+    outs = [tmp_path / str(n) for n in range(4)]
+    records = train_together(settings, outs, halving=Halving((1, 2)), progress=Listen())
+    ended = [record["steps_done"] for record in records]
+    assert sorted(ended) == [4, 4, 8, 12]
+    for record, out in zip(records, outs, strict=True):
+        assert results.read_record(out)["status"] == record["status"]
+        if record["steps_done"] < 12:
+            assert record["status"] == "dropped" and "test" not in record["scores"]
+            assert "is not among the best" in record["reason"] and record["scores"]["validation"]["n"] == 8
+            assert len(losses(out)) == record["steps_done"]
+        else:
+            assert record["status"] == "done" and record["scores"]["test"]["n"] == 8
+    assert sum("dropped at step" in note for note in notes) == 3
+    assert train_together(settings, outs, halving=Halving((1, 2)), resume=True) == records
+
+
+def test_ties_keep_the_first_and_the_last_evaluation_drops_nobody() -> None:
+    class Stub:
+        def __init__(self, score: float, step: int) -> None:
+            self.state = type("State", (), {"best_score": score, "step": step})
+            self.plan = settings_of("train.eval_every=4").train
+
+    def dropped(scores: list[float], step: int, **options: Any) -> list[int]:
+        members: list[Any] = [Stub(score, step) for score in scores]
+        return [members.index(member) for member, _ in Halving((1, 3), **options).losers(members)]
+
+    assert dropped([0.5, 0.5, 0.5], 4) == [2] and dropped([0.1, 0.9, 0.5, 0.4], 4) == [3, 0]
+    assert dropped([0.1, 0.9], 8) == [] and dropped([0.1, 0.9], 12) == [] and dropped([0.1, 0.9], 3) == []
+    assert dropped([0.1, 0.9, 0.5, 0.4], 4, least=3) == [0] and dropped([], 4) == [] and dropped([0.1], 4) == []
+
+
+def test_a_member_stops_by_itself(tmp_path: Path) -> None:
+    settings = [
+        settings_of("train.patience=1", "train.prompt_rate=0", "train.offset_rate=0", "train.eval_every=2"),
+        settings_of("train.eval_every=2"),
+    ]
+    first, second = train_together(settings, [tmp_path / "a", tmp_path / "b"])
+    assert (first["steps_done"], second["steps_done"]) == (4, 12)
+    assert first["status"] == second["status"] == "done"
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    one, other = settings_of(), settings_of("train.batch_size=5")
+    with pytest.raises(UsageError, match=r"train\.batch_size=4 and train\.batch_size=5 cannot share a backbone"):
+        train_together([one, other], [tmp_path / "a", tmp_path / "b"])
+    assert not (tmp_path / "a").exists()
+    check_fit([one, settings_of("seed=9", "method=dept")])
+    assert fits(one, settings_of("train.prompt_rate=3")) and not fits(one, settings_of("train.steps=13"))
+
+
+def test_the_backbone_runs_once_per_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    from softprompts import train as loop
+
+    plain = loop.Run.losses
+
+    def counted(self: Any, training: Any, parts: Any) -> Any:
+        encoder = self.backbone.model.get_encoder()
+        handle = encoder.register_forward_hook(lambda module, args, out: calls.append(out[0].shape[0]))
+        try:
+            return plain(self, training, parts)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(loop.Run, "losses", counted)
+    settings = [settings_of("train.steps=2", more[0]) for more in MEMBERS[:3]]
+    train_together(settings, [tmp_path / str(n) for n in range(3)])
+    assert calls == [3 * 4, 3 * 4] and isinstance(Member, type)
