@@ -121,3 +121,33 @@ def test_models_without_a_cache_are_ranked_word_by_word(monkeypatch: pytest.Monk
     expected = rank_causal(encoder, rows, [0, 1, 2], WORDS)
     network.base_model.register_forward_hook(lambda module, args, output: setattr(output, "past_key_values", None))
     assert_close(rank_causal(encoder, rows, [0, 1, 2], WORDS), expected, **EXACT)
+
+
+@pytest.mark.parametrize("model", tiny.WRITERS)
+def test_generation_ends_with_the_last_answer(model: str) -> None:
+    """At the longest label word and one token more, or as soon as every row has ended."""
+    network = prompted(model, "accept")
+    encoder = encoder_of(network, "seq2seq" if model == "t5" else "causal")
+    tokenizer = encoder.backbone.tokenizer
+    tokenizer.eos_token_id, tokenizer.batch_decode = 1, lambda ids, skip_special_tokens: [str(row) for row in ids]
+    network.generation_config.eos_token_id = None  # the tokenizer's own end counts as well
+    rows, head = rows_of(), network.get_output_embeddings()
+    count = lambda: len(calls_of(head, lambda: evaluate.generate(encoder, rows, [0, 1, 2])))  # noqa: E731
+
+    def write(tokens: list[int]) -> Any:
+        """Let each row write one token for ever."""
+
+        def only(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            changed = torch.full_like(output, -1e9)
+            changed[torch.arange(3), ..., torch.tensor(tokens)] = 0
+            return changed
+
+        return head.register_forward_hook(only)
+
+    handle = write([1, 1, 1])
+    assert count() == 1
+    handle.remove()
+    handle = write([1, 9, 1])
+    assert count() == encoder.max_target + 1
+    handle.remove()
+    assert network.generation_config.eos_token_id is None

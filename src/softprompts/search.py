@@ -1,0 +1,200 @@
+"""Choose learning rates and the start on the validation split, with a population, before the real run.
+
+The first complaint about soft prompts is their learning rate. `find` trains N candidates beside each other for a few
+steps, keeps the better half, and again; it costs no more than half of the run it prepares (`SHARE`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from softprompts.config import RunSettings
+from softprompts.core import CombinedConfig, MethodConfig
+from softprompts.errors import UsageError
+from softprompts.files import write_text
+from softprompts.population import Halving
+
+if TYPE_CHECKING:
+    from softprompts.train import Progress
+
+SHARE = 0.5
+"""Most that a search costs, in plain runs."""
+RUNGS = 3
+"""Evaluations; after each but the last, the worse half is dropped."""
+VALIDATION_ROWS = 64
+"""Rows of the validation split that rank the candidates."""
+ROW_COST = 1 / 3
+"""Cost of an evaluated row in trained ones: a forward pass against a forward and a backward pass."""
+LEAST_STEPS = 5
+PROMPT_RATES = (0.03, 3.0)
+"""Range of prompt rates: a decade around the papers' 0.3 to 0.5, evenly on a logarithmic scale."""
+OFFSET_RATES = (1e-4, 5e-2)
+"""Range of offset rates; the papers take 1e-4 to 5e-3."""
+FILE = "search.json"
+FOLDER = "search"
+
+
+def find(
+    settings: RunSettings, count: int, out: Path, *, resume: bool = False, progress: Progress | None = None
+) -> tuple[RunSettings, dict[str, Any]]:
+    """Search among `count` candidates, the given settings first among them.
+
+    Args:
+        settings: of the real run.
+        count: candidates, at least 2.
+        out: the run's folder; the trials go to `search/` in it, the outcome to `search.json`.
+        resume: take the outcome of an earlier search there, or go on with one that was killed.
+        progress: hears of the trials' steps.
+
+    Returns:
+        (settings of the real run, what was tried and found).
+
+    Raises:
+        UsageError: too few steps for so many candidates, or settings that cannot be used.
+    """
+    from softprompts.train import train_together
+
+    file, folder = out / FILE, out / FOLDER
+    if resume and file.exists():
+        outcome = json.loads(file.read_text(encoding="utf-8"))
+        if outcome["asked"] != settings.model_dump(mode="json") or outcome["count"] != count:
+            raise UsageError(f"{out} was begun with other settings; resume with --out alone, or take --overwrite")
+        if outcome["chosen"] is not None:
+            return RunSettings(**outcome["settings"]), outcome
+    outcome = {"asked": settings.model_dump(mode="json"), "count": count, "chosen": None}
+    steps = steps_per_rung(settings, count)
+    trials = [trial(one, steps) for one in candidates(settings, count)]
+    write_text(file, json.dumps(outcome, indent=2) + "\n")
+    outs = [folder / f"trial-{number}" for number in range(count)]
+    halving = Halving(tuple(range(1, RUNGS)), least=2)
+    records = train_together(trials, outs, resume=resume, overwrite=not resume, halving=halving, progress=progress)
+    metric = records[0]["metric"]["select"]
+    scores = [record["scores"]["validation"].get(metric, -math.inf) for record in records]
+    # Candidates that were dropped saw fewer steps: the winner is one of those that saw them all.
+    last = max(record["steps_done"] for record in records)
+    best = max((n for n in range(count) if records[n]["steps_done"] == last), key=lambda n: scores[n])
+    chosen = candidates(settings, count)[best]
+    outcome |= {
+        "chosen": best,
+        "metric": metric,
+        "trials": [
+            {**choice(one), "score": score, "steps": record["steps_done"], "status": record["status"]}
+            for one, score, record in zip(trials, scores, records, strict=True)
+        ],
+        "rows": records[best]["scores"]["validation"]["n"],
+        "seconds": round(sum(record.get("cost", {}).get("seconds", 0.0) for record in records), 2),
+        "settings": chosen.model_dump(mode="json"),
+    }
+    write_text(file, json.dumps(outcome, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    return chosen, outcome
+
+
+def candidates(settings: RunSettings, count: int) -> list[RunSettings]:
+    """Return the given settings and `count - 1` others: rates drawn on a log scale, starts in turn.
+
+    The draws depend on the seed alone. Rates lie one to a stratum of their range (Latin hypercube), so that a few
+    candidates cover it.
+    """
+    draw = random.Random(settings.seed)
+    config = settings.method_config()
+    parts = {name for name in ("prompt", "offset") if has_part(config, name)}
+    starts = start_choices(config)
+    others = count - 1
+    prompt, offset = strata(draw, PROMPT_RATES, others), strata(draw, OFFSET_RATES, others)
+    found = [settings]
+    for number in range(others):
+        train: dict[str, Any] = {}
+        if "prompt" in parts:
+            train["prompt_rate"] = prompt[number]
+        if "offset" in parts:
+            train["offset_rate"] = offset[number]
+        start = starts[number % len(starts)] if starts else None
+        method = settings.method if start is None else {**settings.method, "init": start}
+        found.append(settings.updated(train=settings.train.updated(**train), method=method))
+    return found
+
+
+def strata(draw: random.Random, span: tuple[float, float], count: int) -> list[float]:
+    """Return `count` numbers of a range, one from each of as many equal parts of its logarithm, in random order."""
+    low, high = map(math.log, span)
+    numbers = [math.exp(low + (high - low) * (place + draw.random()) / count) for place in range(count)]
+    draw.shuffle(numbers)
+    return [float(f"{number:.3g}") for number in numbers]
+
+
+def has_part(config: MethodConfig, name: str) -> bool:
+    """Whether a method prepends or adds anything, at a width that every default fits."""
+    return getattr(config, f"{name}_part")(768) is not None
+
+
+def start_choices(config: MethodConfig) -> list[str]:
+    """Return the starts that need nothing else: the one given, and the vocabulary's rows."""
+    field = type(config).model_fields.get("init")
+    if field is None or isinstance(config, CombinedConfig) or config.prompt_from is not None:
+        return []
+    given = config.init  # type: ignore[attr-defined]
+    return list(dict.fromkeys([given, *(["vocabulary"] if "vocabulary" in get_args(field.annotation) else [])]))
+
+
+def steps_per_rung(settings: RunSettings, count: int) -> int:
+    """Return the steps between evaluations for which the whole search costs `SHARE` of the run.
+
+    Raises:
+        UsageError: fewer than `LEAST_STEPS`.
+    """
+    if count < 2:
+        raise UsageError(f"--search {count} leaves nothing to choose from; give it at least 2 candidates")
+    alive, rounds = count, 0
+    for _ in range(RUNGS):
+        rounds += alive
+        alive = max(2, -(-alive // 2))
+    rows = min(VALIDATION_ROWS, settings.data.validation_limit or VALIDATION_ROWS)
+    # The survivors are also scored on as many test rows (`trial`), which decides nothing.
+    evaluation = (rows * rounds + alive) * ROW_COST / settings.train.batch_size
+    steps = int((SHARE * settings.train.steps - evaluation) / rounds)
+    if steps < LEAST_STEPS:
+        need = math.ceil((LEAST_STEPS * rounds + evaluation) / SHARE)
+        raise UsageError(
+            f"--search {count} needs at least train.steps={need} to try each candidate for {LEAST_STEPS} steps; "
+            f"raise train.steps={settings.train.steps} or search less"
+        )
+    return steps
+
+
+def trial(settings: RunSettings, steps: int) -> RunSettings:
+    """Return a candidate's settings for the search: few steps, few rows, no baseline."""
+    limit = settings.data.validation_limit
+    rows = VALIDATION_ROWS if limit is None else min(limit, VALIDATION_ROWS)
+    return settings.updated(
+        train=settings.train.updated(steps=RUNGS * steps, eval_every=steps, patience=None, save_every=None, warmup=None),
+        data=settings.data.updated(validation_limit=rows, test_limit=1),
+        eval=settings.eval.updated(untuned=False),
+    )
+
+
+def choice(settings: RunSettings) -> dict[str, Any]:
+    """Return what distinguishes a candidate."""
+    init = {"init": settings.method["init"]} if "init" in settings.method else {}
+    return {"prompt_rate": settings.train.prompt_rate, "offset_rate": settings.train.offset_rate, **init}
+
+
+def describe(outcome: dict[str, Any]) -> str:
+    """Return one line about a search's outcome."""
+    best: dict[str, Any] = outcome["trials"][outcome["chosen"]]
+    named = ", ".join(f"{key}={value}" for key, value in best.items() if key not in ("score", "steps", "status"))
+    return (
+        f"search: {named} of {outcome['count']} candidates ({outcome['metric']} {best['score']:.4f} after "
+        f"{best['steps']} steps on {outcome['rows']} validation rows)"
+    )
+
+
+def spread(records: Sequence[dict[str, Any]]) -> list[float]:
+    """Return the best validation scores of trials, best first."""
+    return sorted((record["score"] for record in records), reverse=True)
