@@ -18,7 +18,6 @@ from tiny import (
     LLAMA,
     MODELS,
     PAD,
-    T5,
     TEXT,
     VOCABULARY,
     WIDTH,
@@ -28,7 +27,6 @@ from tiny import (
     padded,
     scatter,
     text,
-    unpadded,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -36,7 +34,7 @@ from torch.testing import assert_close
 
 from softprompts import registry
 from softprompts.attach import adapters_of, attach, detach
-from softprompts.bake import bake, with_prompt
+from softprompts.bake import bake
 from softprompts.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_tensors, save_adapter, write_tensors
 from softprompts.core import MethodConfig, Offset, Part, Prompt
 from softprompts.errors import UsageError
@@ -65,8 +63,7 @@ TASK_TYPES = {
     "roberta-token": "TOKEN_CLS", "llama-sequence": "SEQ_CLS",
 }  # fmt: skip
 GEMMA = dict(
-    **{key: value for key, value in LLAMA.items()}, head_dim=8, sliding_window=16, layer_types=["full_attention"] * 2,
-    bos_token_id=2, eos_token_id=1,
+    **LLAMA, head_dim=8, sliding_window=16, layer_types=["full_attention"] * 2, bos_token_id=2, eos_token_id=1,
 )  # fmt: skip
 MORE: dict[str, Callable[[], Any]] = {
     "llama-tied": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)),
@@ -175,12 +172,9 @@ def test_a_checkpoint_of_peft_answers_equally(model: str, kind: str, tmp_path: P
     many = kind.startswith("Multitask")
     base = base_folder(tmp_path / "base", model)
     auto = transformers.AutoModelForSeq2SeqLM if model == "t5" else transformers.AutoModelForCausalLM
-    # PEFT's default for T5 is two submodules; of a multitask prompt it would use the decoder's half in training.
     more: dict[str, Any] = {"num_tasks": 3, "num_ranks": 2} if many else {}
-    submodules = 1 if many or model == "llama" else 2
-    settings = getattr(peft, kind)(
-        task_type=TASK_TYPES[model], num_virtual_tokens=LENGTH, num_transformer_submodules=submodules, **more
-    )
+    # Two submodules for T5, PEFT's default.
+    settings = getattr(peft, kind)(task_type=TASK_TYPES[model], num_virtual_tokens=LENGTH, **more)
     theirs = peft.get_peft_model(auto.from_pretrained(base), settings).eval()
     scatter(theirs.prompt_encoder, SPREAD)
     with warnings.catch_warnings():
@@ -192,16 +186,15 @@ def test_a_checkpoint_of_peft_answers_equally(model: str, kind: str, tmp_path: P
     assert (entries["base_model_name_or_path"], entries["task_type"]) == (str(base), TASK_TYPES[model])
     ids = text(2)
     for rows, mask in ((ids, torch.ones_like(ids)), padded(ids, "right", 2)):
-        if many:
-            inputs = {"input_ids": rows, "attention_mask": mask, "task_ids": torch.tensor([1, 1])}
-            if model == "t5":
-                # In its forward pass PEFT embeds the decoder's ids only if it made them from labels.
-                inputs["labels"] = torch.tensor([[5, 9, 4]]).expand(2, -1)
-                assert_close(ours(**{k: v for k, v in inputs.items() if k != "task_ids"}).loss, theirs(**inputs).loss)
-                continue
-            expected = theirs(**inputs).logits[:, LENGTH:]
-        else:
-            expected = forward(theirs, rows, mask)[:, LENGTH if model == "llama" else 0 :]
+        named = {"task_ids": torch.tensor([1, 1])} if many else {}
+        if many and model == "t5":
+            # In its forward pass, unlike in `generate`, PEFT also prompts the decoder.
+            keep = dict(GREEDY, input_ids=rows, attention_mask=mask, output_logits=True, return_dict_in_generate=True)
+            mine, other = ours.generate(**keep), theirs.generate(**keep, **named)
+            assert torch.equal(mine.sequences, other.sequences)
+            assert_close(torch.stack(mine.logits), torch.stack(other.logits), atol=ROUNDING, rtol=0)
+            continue
+        expected = forward(theirs, rows, mask, **named)[:, LENGTH if model == "llama" else 0 :]
         found = forward(ours, rows, mask)
         if model == "llama":
             found, expected = found[:, :TEXT], expected[:, :TEXT]
@@ -365,23 +358,6 @@ def test_the_tokenizer_of_a_baked_folder_puts_the_prompt_in_front(tmp_path: Path
     assert about["prompt_ids"] == front and about["method"] == "prompt_tuning" and about["tokenizer_adds_prompt"]
 
 
-@pytest.mark.parametrize("name", ["none", "bert", "roberta", "byte-level", "sequence"])
-def test_post_processors_of_every_kind_get_the_prompt(name: str) -> None:
-    template = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 2)])
-    kinds = {
-        "none": None, "bert": processors.BertProcessing(("</s>", 1), ("<s>", 2)),
-        "roberta": processors.RobertaProcessing(("</s>", 1), ("<s>", 2)), "byte-level": processors.ByteLevel(),
-        "sequence": processors.Sequence([processors.ByteLevel(), template]),
-    }  # fmt: skip
-    plain, changed = tokenizer(kinds[name]), tokenizer(kinds[name])
-    tree = json.loads(changed.backend_tokenizer.to_str())
-    tree["post_processor"] = with_prompt(tree["post_processor"], ["<p>", "<q>"], [60, 61])
-    changed.backend_tokenizer.post_processor = Tokenizer.from_str(json.dumps(tree)).post_processor
-    for texts in (["w4 w5"], ["w4", "w6 w7"]):
-        assert changed(*texts)["input_ids"] == [60, 61, *plain(*texts)["input_ids"]]
-    assert with_prompt({"type": "Unheard"}, ["<p>"], [60]) is None
-
-
 def test_unused_rows_of_the_table_are_used(tmp_path: Path) -> None:
     """A table may be longer than the tokenizer's vocabulary: the next ids are taken, and it grows by the rest."""
     network, adapter = prompted_pair(tmp_path, "llama-tied", "adept", words=VOCABULARY - 2)
@@ -534,7 +510,7 @@ def test_a_model_that_baking_would_change_is_refused(tmp_path: Path, monkeypatch
     """The folder is compared with the prompted model before it is left: here with a table folded wrongly."""
     _, adapter = prompted_pair(tmp_path, "llama", "adept")
     monkeypatch.setattr("softprompts.bake.embedding_scale", lambda embedding: 1.5)
-    with pytest.raises(UsageError, match=r"baking adept into this model changes its answers \(by .*nothing was written"):
+    with pytest.raises(UsageError, match=r"baking adept into this model changes its answers \(by .*nothing was"):
         bake(adapter, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
@@ -572,7 +548,11 @@ def peft_folder(folder: Path, tensors: dict[str, Tensor], **entries: Any) -> Pat
 
 def test_checkpoints_that_cannot_be_imported_say_why(tmp_path: Path) -> None:
     table, out = torch.zeros(6, 4), tmp_path / "out"
-    shared = {"prompt_embeddings": table, "prefix_task_cols": torch.ones(2, 6, 1), "prefix_task_rows": torch.ones(2, 1, 4)}
+    shared = {
+        "prompt_embeddings": table,
+        "prefix_task_cols": torch.ones(2, 6, 1),
+        "prefix_task_rows": torch.ones(2, 1, 4),
+    }
     multi = {"peft_type": "MULTITASK_PROMPT_TUNING", "num_virtual_tokens": 3}
     cases: list[tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], str]] = [
         ({"lora": table}, {"peft_type": "LORA"}, {}, "type LORA, which is no prompt before the input"),
@@ -595,4 +575,4 @@ def test_checkpoints_that_cannot_be_imported_say_why(tmp_path: Path) -> None:
     (folder / CONFIG_FILE).write_text("[")
     with pytest.raises(UsageError, match="it is damaged"):
         import_prompt_tuning(folder, out)
-    assert not out.exists() and T5["d_model"] == WIDTH
+    assert not out.exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,38 @@ def assignments(texts: Sequence[str] | None) -> list[tuple[str, Any]]:
     pairs = [parse_assignment(text) for text in texts or ()]
     # `method=dept` names the method and leaves room for `method.prompt_length=20` beside it.
     return [("method.name" if key == "method" and isinstance(value, str) else key, value) for key, value in pairs]
+
+
+def which_data(
+    task: str | None,
+    data: str | None,
+    inputs: str | None,
+    target: str | None,
+    labels: str | None,
+    kind: str | None,
+) -> list[tuple[str, Any]]:
+    """Return the settings of the options that say which data; what was not given is left out.
+
+    Raises:
+        UsageError: `--labels` that are no pairs.
+    """
+    from softprompts.tasks.columns import parse_labels
+
+    return given(
+        {
+            "task": task,
+            "data.path": data,
+            "data.inputs": None if inputs is None else [column.strip() for column in inputs.split(",")],
+            "data.target": target,
+            "data.labels": None if labels is None else parse_labels(labels),
+            "data.kind": kind,
+        }
+    )
+
+
+def given(options: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the settings that were given a value."""
+    return [(key, value) for key, value in options.items() if value is not None]
 
 
 def seed_list(text: str) -> list[int]:

@@ -10,7 +10,6 @@ the output folder, it is loaded as anybody would load it and its answers are com
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import tempfile
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from softprompts.attach import adapters_of, detach
@@ -32,6 +30,7 @@ from softprompts.core import PositionOffset, SoftPrompt
 from softprompts.errors import UsageError
 from softprompts.export import Adapter, is_tokenwise, new_folder, read_adapter
 from softprompts.files import write_text
+from softprompts.prompt_tokens import SAMPLE_TEXT, add_tokens, save_tokenizer
 from softprompts.shapes import classifies_rows, head_modules, is_decoder_only, is_encoder_decoder
 
 ABOUT_FILE = "softprompt.json"
@@ -89,6 +88,7 @@ def bake(adapter: str | Path, out: str | Path, model: str | None = None, dtype: 
             add_to_positions(network, method)
         elif method.offset is not None:
             fold_into_table(network, method)
+        read = tokenizer(SAMPLE_TEXT)["input_ids"]
         tokens, ids = add_tokens(tokenizer, len(table))
         add_rows(network, table, ids)
     network.to(precision(dtype))
@@ -97,12 +97,11 @@ def bake(adapter: str | Path, out: str | Path, model: str | None = None, dtype: 
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         network.save_pretrained(work)
-        tokenizer.save_pretrained(work)
+        adds = save_tokenizer(tokenizer, work, [*ids, *read])
         kind = type(network)
         del network
         reloaded = kind.from_pretrained(work, dtype=precision(dtype)).eval()
         difference = compare(expected, answers(reloaded, sample, ids), ids, TOLERANCE[dtype], source)
-        adds = adds_prompt(work, tokenizer, ids)
         baked = Baked(out, tuple(ids), tuple(tokens), adds, difference)
         about = {"method": source.config.name, "base_model_name_or_path": model or source.base, **asdict(baked)}
         del about["folder"]
@@ -263,84 +262,6 @@ def add_rows(network: Any, table: Tensor, ids: Sequence[int]) -> None:
     if network.can_generate():
         known = network.generation_config.suppress_tokens or []
         network.generation_config.suppress_tokens = sorted({*known, *ids})
-
-
-# ------------------------------------------------------------------------------------------- tokenizer
-
-
-def add_tokens(tokenizer: Any, length: int) -> tuple[list[str], list[int]]:
-    """Add P special tokens and, where it can be told so, make the tokenizer put them before every text."""
-    known = tokenizer.get_vocab()
-    # A folder that was baked before has some already; the new ones go in front of those.
-    first = next(number for number in itertools.count() if f"<softprompt_{number}>" not in known)
-    tokens = [f"<softprompt_{number}>" for number in range(first, first + length)]
-    tokenizer.add_tokens(tokens, special_tokens=True)
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if tokens and isinstance(backend, Tokenizer):
-        tree = json.loads(backend.to_str())
-        changed = with_prompt(tree.get("post_processor"), tokens, ids)
-        if changed is not None:
-            tree["post_processor"] = changed
-            backend.post_processor = Tokenizer.from_str(json.dumps(tree)).post_processor
-    return tokens, ids
-
-
-def with_prompt(processor: Any, tokens: list[str], ids: list[int]) -> dict[str, Any] | None:
-    """Return a tokenizer's post-processor that puts `tokens` first, None if this kind cannot be changed so."""
-    kind = processor and processor["type"]
-    if kind is None or kind == "ByteLevel":
-        template = with_prompt(template_of("", ""), tokens, ids)
-        return template if kind is None else {"type": "Sequence", "processors": [processor, template]}
-    if kind == "Sequence":
-        parts = processor["processors"]
-        places = [i for i, part in enumerate(parts) if part["type"] not in ("Sequence", "ByteLevel")]
-        if len(places) != 1:
-            return None
-        changed = with_prompt(parts[places[0]], tokens, ids)
-        return changed and {**processor, "processors": [*parts[: places[0]], changed, *parts[places[0] + 1 :]]}
-    if kind in ("BertProcessing", "RobertaProcessing"):
-        (sep, sep_id), (cls, cls_id) = processor["sep"], processor["cls"]
-        template = template_of(cls, sep, second_type=kind == "BertProcessing", twice=kind == "RobertaProcessing")
-        template["special_tokens"] = {
-            name: {"id": name, "ids": [number], "tokens": [name]} for name, number in ((sep, sep_id), (cls, cls_id))
-        }
-        changed = with_prompt(template, tokens, ids)
-        if kind == "BertProcessing":
-            return changed
-        options = {key: processor[key] for key in ("add_prefix_space", "trim_offsets")}
-        return {"type": "Sequence", "processors": [{"type": "ByteLevel", "use_regex": True, **options}, changed]}
-    if kind != "TemplateProcessing":
-        return None
-    front = {"SpecialToken": {"id": tokens[0], "type_id": 0}}
-    special = {**processor["special_tokens"], tokens[0]: {"id": tokens[0], "ids": ids, "tokens": tokens}}
-    return {
-        **processor,
-        "single": [front, *processor["single"]],
-        "pair": [front, *processor["pair"]],
-        "special_tokens": special,
-    }
-
-
-def template_of(cls: str, sep: str, second_type: bool = True, twice: bool = False) -> dict[str, Any]:
-    """Return a template post-processor: `cls A sep` and `cls A sep B sep`, each left out if empty."""
-    second = int(second_type)
-
-    def token(name: str, type_id: int) -> list[dict[str, Any]]:
-        return [{"SpecialToken": {"id": name, "type_id": type_id}}] if name else []
-
-    single = [*token(cls, 0), {"Sequence": {"id": "A", "type_id": 0}}, *token(sep, 0)]
-    between = token(sep, second) if twice else []
-    pair = [*single, *between, {"Sequence": {"id": "B", "type_id": second}}, *token(sep, second)]
-    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {}}
-
-
-def adds_prompt(folder: Path, tokenizer: Any, ids: Sequence[int]) -> bool:
-    """Whether the tokenizer, loaded from the folder, puts the prompt and nothing else before a text."""
-    text, loaded = "A text, another.", transformers.AutoTokenizer.from_pretrained(folder)
-    bare = loaded(text, add_special_tokens=False)["input_ids"]
-    whole = loaded(text)["input_ids"]
-    return whole[: len(ids)] == list(ids) and not {*ids} & {*whole[len(ids) :], *bare}
 
 
 # ------------------------------------------------------------------------------------------- the check

@@ -48,6 +48,15 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show warnings, and the tra
 _what = partial(typer.Option, rich_help_panel="What to learn")
 _how = partial(typer.Option, rich_help_panel="How to learn it")
 _where = partial(typer.Option, rich_help_panel="Where it goes")
+_on = partial(typer.Option, rich_help_panel="What to use it on, if not on what the adapter says")
+
+Task = Annotated[str | None, _on(help="A task of 'softprompts list tasks'.")]
+Data = Annotated[str | None, _on(metavar="PATH", help="Own data, as for train.")]
+Inputs = Annotated[str | None, _on("--input", metavar="COL,COL", help="Own data: input columns.")]
+Target = Annotated[str | None, _on(metavar="COL", help="Own data: target column.")]
+Labels = Annotated[str | None, _on(metavar="0=no,1=yes", help="Own data: the word for each label.")]
+Kind = Annotated[str | None, _on(metavar="classes|text|number", help="Own data: what the target is.")]
+Model = Annotated[str | None, _on(help="Backbone in place of the one that the adapter names.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -92,19 +101,12 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train a prompt on a task or on your own data."""
-    from softprompts.arguments import assignments, default_folder, seed_list
+    from softprompts.arguments import assignments, default_folder, given, seed_list, which_data
     from softprompts.config import RunSettings, resolve
-    from softprompts.tasks.columns import parse_labels
 
     if file is not None and file.suffix != ".toml" and not file.exists():
         raise UsageError(f"{file} is not a settings file; for a task write --task {file}, for own data --data {file}")
     named = {
-        "task": task,
-        "data.path": data,
-        "data.inputs": None if inputs is None else [column.strip() for column in inputs.split(",")],
-        "data.target": target,
-        "data.labels": None if labels is None else parse_labels(labels),
-        "data.kind": kind,
         "data.protocol": protocol,
         "data.shots": shots,
         "method.name": method,
@@ -113,7 +115,7 @@ def train(
         "model.name": model,
         "seed": seed,
     }
-    overrides = [(key, value) for key, value in named.items() if value is not None] + assignments(settings)
+    overrides = which_data(task, data, inputs, target, labels, kind) + given(named) + assignments(settings)
     if seeds is not None:
         if any(key == "seed" for key, _ in overrides):
             raise UsageError("--seed and --seeds cannot both be given; leave one out")
@@ -179,15 +181,23 @@ def eval_(
     scoring: Annotated[
         str | None, typer.Option(metavar="rank|generate", help="Rank the label words, or let the model write.")
     ] = None,
+    task: Task = None,
+    data: Data = None,
+    inputs: Inputs = None,
+    target: Target = None,
+    labels: Labels = None,
+    kind: Kind = None,
+    model: Model = None,
     settings: Set = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Score a trained prompt again, on the data it was trained for or on others of the task."""
-    from softprompts.arguments import assignments
+    from softprompts.arguments import assignments, given, which_data
 
-    named = {"data.protocol": protocol, "eval.scoring": scoring}
-    trained = _open(run, [(key, value) for key, value in named.items() if value is not None] + assignments(settings))
+    named = {"data.protocol": protocol, "eval.scoring": scoring, "model.name": model}
+    chosen = which_data(task, data, inputs, target, labels, kind) + given(named)
+    trained = _open(run, chosen + assignments(settings))
 
     from softprompts.progress import make_progress
     from softprompts.show import emit, messages, show_scores
@@ -213,6 +223,13 @@ def predict(
         Path | None,
         typer.Option(metavar="FILE", help="A txt file of one text per line, or a table with the input columns."),
     ] = None,
+    task: Task = None,
+    data: Data = None,
+    inputs: Inputs = None,
+    target: Target = None,
+    labels: Labels = None,
+    kind: Kind = None,
+    model: Model = None,
     settings: Set = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -220,10 +237,11 @@ def predict(
     """Answer texts; prints one JSON object per line."""
     import json
 
-    from softprompts.arguments import assignments, read_texts
+    from softprompts.arguments import assignments, given, read_texts, which_data
 
     rows = read_texts(texts or [], file)
-    trained = _open(run, assignments(settings))
+    chosen = which_data(task, data, inputs, target, labels, kind) + given({"model.name": model})
+    trained = _open(run, chosen + assignments(settings))
 
     from softprompts.progress import make_progress
     from softprompts.show import messages
@@ -244,6 +262,24 @@ def predict(
     else:
         for line in results:
             print(json.dumps(line, ensure_ascii=False))
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A run, an adapter, or a PEFT checkpoint.")],
+    to: Annotated[str, typer.Option(metavar="prompt-tuning|embeds|baked|softprompts", help="What to make of it.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new or empty folder.")],
+    model: Annotated[str | None, typer.Option(help="Backbone in place of the one that the adapter names.")] = None,
+    dtype: Annotated[str, typer.Option(metavar="fp32|bf16", help="Precision of a baked folder.")] = "fp32",
+    task_id: Annotated[int | None, typer.Option(metavar="N", help="Which task of a multitask checkpoint.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Take a prompt elsewhere: to plain PEFT, as embeddings, or baked into a model folder; or bring one in."""
+    from softprompts.export import export as carry_out
+    from softprompts.show import emit, show_export
+
+    emit(carry_out(source, to, out, model, dtype, task_id), as_json, show_export)
 
 
 @app.command(name="list")
@@ -302,6 +338,8 @@ def _open(run: Path, overrides: list[tuple[str, Any]]) -> Trained:
     trained = open_trained(run, overrides)
     if trained.record.get("status", "done") != "done":
         print(f"note: {run} is not finished; this is its best adapter so far", file=sys.stderr)
+    for note in trained.notes:
+        print(note, file=sys.stderr)
     return trained
 
 

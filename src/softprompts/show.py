@@ -127,6 +127,20 @@ def show_scores(console: Console, result: Mapping[str, Any]) -> None:
     table(console, ["metric", "score"], list(result["scores"].items()), title)
 
 
+def show_export(console: Console, result: Mapping[str, Any]) -> None:
+    """Print what `export` wrote, and how to use it."""
+    plain(console, f"wrote {', '.join(result['files'])} to {result['out']}")
+    if result["to"] == "baked":
+        ids, tokens = result["prompt_ids"], result["prompt_tokens"]
+        if ids:
+            plain(console, f"prompt: {tokens[0]} to {tokens[-1]}, ids {ids[0]} to {ids[-1]}, before every text")
+            adds = result["tokenizer_adds_prompt"]
+            plain(console, f"the folder's tokenizer {'puts' if adds else 'does not put'} them there by itself")
+        plain(console, f"largest difference to the prompted model: {result['difference']:.2g}")
+    elif result["to"] == "prompt-tuning":
+        plain(console, f"load it with plain PEFT: PeftModel.from_pretrained(model, {result['out']!r})")
+
+
 # ---------------------------------------------------------------------------------------- choices
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from softprompts import results
 from softprompts.attach import adapters_of
-from softprompts.backbone import load_backbone
+from softprompts.backbone import Backbone, embedded_name, load_backbone
 from softprompts.checkpoint import adapter_folder, load_adapter, read_config
 from softprompts.config import DataSettings, ModelSettings, RunSettings, insert
 from softprompts.data import Encoder, Rows, load_data, make_encoder, num_labels, truncation_notes
@@ -20,6 +20,31 @@ from softprompts.tasks.own import OwnTask, texts_to_examples
 
 RUN_ENTRY = "softprompts_run"
 """Entry of `adapter_config.json` that says how the adapter was trained, so that it can be used alone."""
+COLUMNS = ("inputs", "target", "labels", "kind")
+"""Settings that say what the columns of own data are."""
+HEADS = {"SEQ_CLS": "classification", "CAUSAL_LM": "language", "SEQ_2_SEQ_LM": "language"}
+"""How an adapter answers, by PEFT's task type."""
+
+
+class FreeText(Task):
+    """No task: the model reads a text as it is and writes on."""
+
+    name = "free text"
+    template = "{text}"
+    columns = ("text",)
+    label_words = None
+    max_source_tokens = 1_000_000
+
+
+class FreeEncoder(Encoder):
+    """Gives a text the tokenizer's own special tokens and nothing else."""
+
+    def encode(self, examples: Sequence[Example]) -> Rows:
+        """Tokenise; texts beyond `max_source` tokens lose their end."""
+        full = self.backbone.tokenizer([example.source for example in examples])["input_ids"]
+        sources = [ids[: self.max_source] for ids in full]
+        empty: list[list[int]] = [[] for _ in examples]
+        return Rows(examples, sources, empty, [0.0] * len(full), sum(len(ids) > self.max_source for ids in full))
 
 
 @dataclass
@@ -29,10 +54,12 @@ class Trained:
     encoder: Encoder
     settings: RunSettings
     record: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    """What was guessed about the data."""
 
     @property
     def task(self) -> Task:
-        """The task it was trained for."""
+        """The task it was trained for, or is used on."""
         return self.encoder.task
 
     @property
@@ -50,8 +77,13 @@ class Trained:
         """Answer and score one split of the task's data; `advance` counts rows, `note` hears of cut texts.
 
         Raises:
-            UsageError: the data cannot be read, or there is no such split.
+            UsageError: the data cannot be read, there is no such split, or no task.
         """
+        if isinstance(self.task, FreeText):
+            raise UsageError(
+                "this adapter does not say for which task it was trained; give --task NAME, or --data FILE for your "
+                "own data"
+            )
         if split not in ("train", "validation", "test"):
             raise UsageError(f"unknown split '{split}'; use validation or test")
         rows = self._encode(getattr(load_data(self.settings, (split,)), split), split, note)
@@ -84,34 +116,105 @@ class Trained:
 def open_trained(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> Trained:
     """Load the backbone and the adapter of a run's folder, or of a bare adapter folder.
 
+    An adapter that `train` did not make (PEFT saved it, or `save_adapter`) does not say its task: override "task" or
+    "data.path", else it can only `predict`, and writes freely from a text as it is.
+
     Args:
-        path: what `train` wrote, or its `adapter/` alone, wherever it was copied.
+        path: what `train` wrote, or its `adapter/` alone, wherever it was copied; or any adapter of this package.
         overrides: settings to change, for example ("data.folder", "/data") or ("model.name", "my/t5").
 
     Raises:
-        UsageError: no adapter there, or a backbone that cannot be loaded.
+        UsageError: no adapter there, a backbone that cannot be loaded, or a head whose task is not said.
     """
     path = Path(path)
     folder = adapter_folder(path)
     _, entries = read_config(folder)
-    run = entries.get(RUN_ENTRY)
-    if run is None:
-        raise UsageError(f"{folder} does not say for which task it was trained; use it with softprompts.load_adapter")
-    tree = {"task": run["task"], "data": dict(run["data"]), "model": dict(run["model"]), "eval": dict(run["eval"])}
-    if run["own"]:
-        # Other data are read through the columns and label words that were trained on, never guessed again.
-        own = {key: run["own"][key] for key in ("inputs", "target", "kind", "labels")}
-        tree["data"] |= {key: value for key, value in own.items() if value is not None}
-    for key, value in overrides:
-        insert(tree, key, value)
-    settings = RunSettings(**tree)
-    task = OwnTask(**run["own"]) if run["own"] else get_task(run["task"])
-    backbone = load_backbone(settings.model, num_labels(task))
+    run = entries.get(RUN_ENTRY) or bare_entry(entries, folder)
+    settings = settings_of(run, overrides)
+    settings, task, notes = find_task(settings, run["own"], {key for key, _ in overrides})
+    free = isinstance(task, FreeText)
+    backbone = load_backbone(settings.model, 1 if free else num_labels(task))
+    if free and backbone.kind == "classification":
+        raise UsageError(
+            f"{folder} answers through a head and does not say for which task it was trained; give --task NAME, or "
+            f"--data FILE for your own data"
+        )
     load_adapter(backbone.model, folder, trainable=False)
     backbone.model.eval()
     record = results.read_record(path) if (path / results.RECORD).is_file() else {}
-    reach = adapters_of(backbone.model).longest_text
-    return Trained(make_encoder(backbone, task, settings.data, reach), settings, record)
+    return Trained(encoder_for(backbone, task, settings), settings, record, notes)
+
+
+def bare_entry(entries: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a run entry for an adapter that has none: its backbone and how it answers, but no task.
+
+    Raises:
+        UsageError: it answers in a way that no task here asks for.
+    """
+    task_type = entries.get("task_type")
+    wrapped = str((entries.get("auto_mapping") or {}).get("base_model_class") or "")
+    if task_type not in (None, *HEADS) or wrapped.endswith(("ForTokenClassification", "ForQuestionAnswering")):
+        raise UsageError(
+            f"{folder} was trained for {task_type or wrapped}, which eval and predict cannot ask; use it with "
+            f"softprompts.load_adapter"
+        )
+    has_head = wrapped.endswith("ForSequenceClassification") or bool(entries.get("modules_to_save"))
+    head = HEADS.get(str(task_type)) or ("classification" if has_head else "auto")
+    base = entries.get("base_model_name_or_path")
+    model = {"name": base and embedded_name(base), "revision": entries.get("revision"), "head": head}
+    return {"task": None, "own": None, "data": {}, "model": model, "eval": {}}
+
+
+def settings_of(run: Mapping[str, Any], overrides: Sequence[tuple[str, Any]]) -> RunSettings:
+    """Return a run entry's settings with the overrides put in.
+
+    Raises:
+        UsageError: a task and data of one's own together, no backbone, or settings that cannot be.
+    """
+    tree = {"task": run["task"], "data": dict(run["data"]), "model": dict(run["model"]), "eval": dict(run["eval"])}
+    given = {key for key, _ in overrides}
+    if run["own"]:
+        # Other data are read through the columns and label words that were trained on, never guessed again.
+        tree["data"] |= {key: run["own"][key] for key in COLUMNS if run["own"][key] is not None}
+    if {"task", "data.path"} <= given:
+        raise UsageError("--task and --data exclude each other; leave one out")
+    if "task" in given:
+        tree["data"] = {key: value for key, value in tree["data"].items() if key not in ("path", *COLUMNS)}
+    if "data.path" in given:
+        tree["task"] = None
+    if "model.name" in given:
+        tree["model"]["revision"] = None  # it was another repository's
+    for key, value in overrides:
+        insert(tree, key, value)
+    if tree["model"].get("name", "") is None:
+        raise UsageError("the adapter does not name its backbone; give it with --model NAME")
+    return RunSettings(**tree)
+
+
+def find_task(
+    settings: RunSettings, own: Mapping[str, Any] | None, given: set[str]
+) -> tuple[RunSettings, Task, tuple[str, ...]]:
+    """Return (settings without anything left to guess, the task, notes on what was guessed)."""
+    columns = {f"data.{key}" for key in COLUMNS}
+    if own is not None and not given & {"task", *columns}:
+        return settings, OwnTask(**own), ()
+    if settings.data.path is not None:
+        found = load_data(settings, ())
+        assert isinstance(found.task, OwnTask), "a path gives a task of named columns"
+        spec = found.task.spec()
+        data = settings.data.updated(**{key: spec[key] for key in COLUMNS})
+        return settings.updated(data=data), found.task, tuple(found.notes)
+    if settings.task is not None:
+        return settings, get_task(settings.task), ()
+    if given & columns:
+        raise UsageError("--input, --target, --labels and --kind describe data of your own; give --data FILE too")
+    return settings, FreeText(), ()
+
+
+def encoder_for(backbone: Backbone, task: Task, settings: RunSettings) -> Encoder:
+    """Return the encoder of a task, or of free text."""
+    encoder = make_encoder(backbone, task, settings.data, adapters_of(backbone.model).longest_text)
+    return FreeEncoder(**vars(encoder)) if isinstance(task, FreeText) else encoder
 
 
 def run_entry(settings: RunSettings, task: Task) -> dict[str, Any]:

@@ -71,6 +71,19 @@ ELSEWHERE = {
     ("predict", "nowhere", "text"): "nowhere holds no adapter (adapter_config.json is missing)",
     ("predict", "nowhere", "text", "--file", "x.txt"): "give texts or --file, not both",
     ("predict", "nowhere", "--file", "x.txt"): "--file x.txt cannot be read: No such file or directory",
+    ("eval", "nowhere", "--labels", "0"): "--labels",
+    ("export", "nowhere", "--to", "embeds", "--out", "x"): "nowhere holds no adapter (adapter_config.json is missing)",
+    ("export", "nowhere", "--to", "softprompts", "--out", "x"): "nowhere holds no PEFT checkpoint",
+    (
+        "export",
+        "nowhere",
+        "--to",
+        "gguf",
+        "--out",
+        "x",
+    ): "cannot export to 'gguf' (known: prompt-tuning, embeds, baked,",
+    ("export", "nowhere", "--to", "baked", "--out", "x", "--dtype", "int8"): "a baked folder is fp32 or bf16",
+    ("export", "nowhere", "--to", "embeds"): "missing option '--out'",
     ("list", "method"): "cannot list 'method'; did you mean 'methods'? (known: methods, tasks, models)",
     ("explain", "acept"): "nothing is called 'acept'; did you mean 'accept'? 'softprompts list' shows",
     ("explain", "accept", "--width", "257"): "prompt_codewords: a budget of 60 x 257 = 15420 numbers is too small",
@@ -169,6 +182,27 @@ def test_eval_of_data_that_moved(copied: Path) -> None:
     assert "gone.csv" in answer.error
     answer = call("eval", copied, "--split", "tset")
     assert (answer.code, answer.error) == (2, "unknown split 'tset'; use validation or test")
+
+
+def test_export_of_an_offset_names_the_alternative(copied: Path, tmp_path: Path) -> None:
+    answer = call("export", copied, "--to", "prompt-tuning", "--out", tmp_path / "out")
+    assert answer.code == 2
+    assert answer.error.startswith("accept adds an offset to the tokens, which PEFT's PROMPT_TUNING cannot hold; take")
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_without_a_task(copied: Path) -> None:
+    path = copied / "adapter" / "adapter_config.json"
+    entries = json.loads(path.read_text())
+    del entries["softprompts_run"]
+    path.write_text(json.dumps(entries))
+    answer = call("eval", copied)
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.error.endswith(
+        "does not say for which task it was trained; give --task NAME, or --data FILE for your own data"
+    )
+    answer = call("eval", copied, "--task", "demo/mood", "--data", "x.csv")
+    assert answer.error == "--task and --data exclude each other; leave one out"
 
 
 def test_empty_text(copied: Path) -> None:

@@ -10,14 +10,17 @@ from cli_calls import call
 from softprompts import cli
 
 COMMON = {"--json", "--debug", "--help"}
+DATA = {"--task", "--data", "--input", "--target", "--labels", "--kind", "--model"}
 SURFACE = {
     "train": COMMON
+    | DATA
     | {
-        "--task", "--data", "--input", "--target", "--labels", "--kind", "--protocol", "--shots", "--method", "--model",
-        "--prompt-from", "--offset-from", "--seed", "--seeds", "-s", "--out", "--resume", "--overwrite",
+        "--protocol", "--shots", "--method", "--prompt-from", "--offset-from", "--seed", "--seeds", "-s", "--out",
+        "--resume", "--overwrite",
     },
-    "eval": COMMON | {"--split", "--protocol", "--scoring", "-s"},
-    "predict": COMMON | {"--file", "-s"},
+    "eval": COMMON | DATA | {"--split", "--protocol", "--scoring", "-s"},
+    "predict": COMMON | DATA | {"--file", "-s"},
+    "export": COMMON | {"--to", "--out", "--model", "--dtype", "--task-id"},
     "list": COMMON,
     "explain": COMMON | {"--width", "-s"},
     "demo": COMMON | {"--out"},

@@ -3,6 +3,7 @@
 import io
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,9 @@ import pytest
 from cli_calls import SMALL, Answer, call, write_table
 
 from softprompts import demo, results
+from softprompts.checkpoint import CONFIG_FILE
 from softprompts.train import Run
+from softprompts.trained import RUN_ENTRY
 
 Train = Callable[..., Answer]
 OFFLINE = """
@@ -176,6 +179,65 @@ def test_predict_from_arguments_stdin_and_file(
     rows = call("predict", folder, "--file", table).out.splitlines()
     assert len(rows) == 20
     assert json.loads(rows[0])["text"] == "review: a lovely film number 0"
+
+
+@pytest.fixture
+def bare(trained: tuple[Path, Answer], tmp_path: Path) -> Path:
+    """The adapter of the run as PEFT would have saved it: it does not say how it was trained."""
+    folder = Path(shutil.copytree(trained[0] / "adapter", tmp_path / "bare"))
+    entries = json.loads((folder / CONFIG_FILE).read_text())
+    del entries[RUN_ENTRY]
+    (folder / CONFIG_FILE).write_text(json.dumps(entries))
+    return folder
+
+
+def test_eval_of_an_adapter_that_says_no_task(trained: tuple[Path, Answer], bare: Path, table: Path) -> None:
+    own = ["--data", table, "--labels", "0=negative,1=positive", "-s", "model.dtype=fp32"]
+    answer = call("eval", bare, *own, "-s", "data.max_source_tokens=64", "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["scores"] == results.read_record(trained[0])["scores"]["test"]
+    assert answer.json["task"] == "own/films"
+    assert "target column: 'stars' (guessed; set --target to change)" in answer.err
+    named = call("eval", bare, "--task", "demo/mood", "-s", "data.test_limit=4", "--json")
+    assert (named.json["task"], named.json["scores"]["n"]) == ("demo/mood", 4)
+
+
+def test_predict_with_an_adapter_that_says_no_task(bare: Path, table: Path) -> None:
+    free = call("predict", bare, "a lovely film")
+    assert free.code == 0, free.err
+    assert set(json.loads(free.out)) == {"text", "prediction"}
+    asked = json.loads(call("predict", bare, "--task", "demo/mood", "a lovely film").out)
+    assert asked["prediction"] in ("bad", "good") and asked["label"] in ("negative", "positive")
+    own = call("predict", bare, "--data", table, "--labels", "0=no,1=yes", "--model", "t5-nano", "a lovely film")
+    assert json.loads(own.out)["prediction"] in ("no", "yes")
+
+
+# ----------------------------------------------------------------------------------------- export
+
+
+def test_export_writes_and_says_how_to_load(train_here: Train, tmp_path: Path) -> None:
+    train_here("--method", "prompt_tuning", "-s", "method={name='prompt_tuning', prompt_length=4}")
+    run = tmp_path / "run"
+    answer = call("export", run, "--to", "prompt-tuning", "--out", tmp_path / "peft")
+    assert answer.code == 0, answer.err
+    assert answer.out.splitlines()[0] == f"wrote adapter_config.json, adapter_model.safetensors to {tmp_path / 'peft'}"
+    assert "PeftModel.from_pretrained(model, " in answer.out
+    back = call("export", tmp_path / "peft", "--to", "softprompts", "--out", tmp_path / "back", "--json").json
+    assert "adapter_model.safetensors" in back["files"]
+    texts = ["a lovely film number 3", "an awful film number 4"]
+    columns = ["--data", tmp_path / "films.csv", "-s", "model.dtype=fp32"]
+    write_table(tmp_path / "films.csv")
+    again = call("predict", tmp_path / "back", *texts, *columns)
+    assert [json.loads(line)["prediction"] for line in again.out.splitlines()] == [
+        json.loads(line)["prediction"] for line in call("predict", run, *texts).out.splitlines()
+    ]
+
+    baked = call("export", run, "--to", "baked", "--out", tmp_path / "baked", "--dtype", "bf16", "--json").json
+    assert (baked["to"], len(baked["prompt_ids"]), baked["tokenizer_adds_prompt"]) == ("baked", 4, True)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "softprompt.json"} <= set(baked["files"])
+    shown = call("export", run, "--to", "baked", "--out", tmp_path / "baked32").out
+    assert "ids 8192 to 8195, before every text" in shown and "puts them there by itself" in shown
+    assert call("export", run, "--to", "embeds", "--out", tmp_path / "embeds").code == 0
 
 
 # ---------------------------------------------------------------------------- list, explain, demo

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calls_generate import new_tokens, write
+from calls_generate import write
 from cases import (
     PLAN,
     WRITERS,
@@ -91,17 +91,19 @@ def check_delete(case: Case, folder: Path) -> None:
 def check_mixed(case: Case, folder: Path) -> None:
     network, (ids, mask) = case.two(), batch()
     mixed = run(case, network, ids, mask, adapter_names=MIXED)
-    for row, alone in enumerate(rows_alone(case, network, lambda model, row: run(case, model, text_of(ids, mask, row)))):
-        near(text_logits(case, mixed, mask, row), alone, f"row with '{MIXED[row]}'")
+    alone = rows_alone(case, network, lambda model, row: run(case, model, text_of(ids, mask, row)))
+    for row, expected in enumerate(alone):
+        near(text_logits(case, mixed, mask, row), expected, f"row with '{MIXED[row]}'")
 
 
 @call("adapter_names, generate", "greedy: logits and tokens = the rows alone", archs=WRITERS)
 def check_mixed_generate(case: Case, folder: Path) -> None:
     network, (ids, mask) = case.two(), batch(side_of(case))
     mixed = write(case, network, ids, mask, adapter_names=MIXED)
-    for row, alone in enumerate(rows_alone(case, network, lambda model, row: row_written(case, model, ids, mask, row))):
-        near(torch.stack(mixed.logits, 1)[row], torch.stack(alone.logits, 1)[0], f"logits with '{MIXED[row]}'")
-        same(mixed["written"][row], alone["written"][0], f"tokens with '{MIXED[row]}'")
+    alone = rows_alone(case, network, lambda model, row: row_written(case, model, ids, mask, row))
+    for row, expected in enumerate(alone):
+        near(torch.stack(mixed.logits, 1)[row], torch.stack(expected.logits, 1)[0], f"logits with '{MIXED[row]}'")
+        same(mixed["written"][row], expected["written"][0], f"tokens with '{MIXED[row]}'")
 
 
 @call("adapter_names, beams", "tokens and scores = the rows alone", archs=WRITERS)
@@ -165,10 +167,9 @@ def check_native_add(case: Case, folder: Path) -> None:
     network, (ids, mask) = native(case), batch()
     far(run(case, network, ids, mask), run(case, case.base(), ids, mask), "the adapter does not act")
     network.save_pretrained(folder)
-    same(run(case, PeftModel.from_pretrained(case.base(), folder).eval(), ids, mask), run(case, network, ids, mask),
-         "logits")  # fmt: skip
+    peft = PeftModel.from_pretrained(case.base(), folder).eval()
+    same(run(case, peft, ids, mask), run(case, network, ids, mask), "logits")
     if case.arch in WRITERS:
-        peft = PeftModel.from_pretrained(case.base(), folder).eval()
         same(network.generate(ids[:1], **PLAN), peft.generate(input_ids=ids[:1], **PLAN), "tokens")
 
 
@@ -228,8 +229,8 @@ def with_lora(case: Case) -> Any:
 def on_purpose() -> Iterator[None]:
     """Keep PEFT's warnings about a second adapter type on one model to ourselves: that is what these rows are about."""
     with warnings.catch_warnings():
-        for message in ("You are trying to modify a model with PEFT for a second time", "Already found a `peft_config`"):
-            warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         yield
 
 

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import peft
 import torch
-from cases import Case, batch, far, gradients, near, near_all, run, same, trainable
+from cases import Case, batch, far, gradients, near_all, run, same, trainable
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from registry_of_calls import call

@@ -89,8 +89,8 @@ def check_beams(case: Case, folder: Path) -> None:
     found = write(case, network, ids, mask, **plan)
     second = torch.arange(VOCABULARY)[:, None]
     for row in range(2):
-        text = [x[row : row + 1].expand(VOCABULARY, -1) for x in (ids, mask)]
-        steps = following(case, network, *text, second).log_softmax(-1)
+        text, ones = (x[row : row + 1].expand(VOCABULARY, -1) for x in (ids, mask))
+        steps = following(case, network, text, ones, second).log_softmax(-1)
         total = (steps[:, 0].diagonal()[:, None] + steps[:, 1]).flatten()
         best = total.topk(3)
         pairs = torch.stack([best.indices // VOCABULARY, best.indices % VOCABULARY], 1)
@@ -143,5 +143,5 @@ def check_padding(case: Case, folder: Path) -> None:
     plain = write(case, network, ids, mask)
     for amount in (1, 9):
         padded_out = write(case, network, *padded(ids, "left", amount))
-        near(torch.stack(padded_out.logits, 1), torch.stack(plain.logits, 1), f"logits, {amount} pads", ROUNDING)
-        same(padded_out["written"], plain["written"], f"tokens, {amount} pads")
+        near(torch.stack(padded_out.logits, 1), torch.stack(plain.logits, 1), f"logits, padding of {amount}", ROUNDING)
+        same(padded_out["written"], plain["written"], f"tokens, padding of {amount}")

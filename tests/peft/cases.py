@@ -17,6 +17,8 @@ import torch
 from peft import PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
+from softprompts.core import MethodConfig
+
 ROUNDING = 2e-5
 """fp32 sums in another order; the logits are of order 1 to 10."""
 ROWS, LENGTH = 3, 7
@@ -100,10 +102,9 @@ class Ours(Case):
 
         more.setdefault("task_type", self.task)
         if second:
-            name = "adept" if self.method == "accept" else "accept"
-            return SoftPromptConfig(tiny.config_of(name, prompt_length=3), **more)
-        started = {"prompt_from": str(self.start)} if self.start is not None else {}
-        return SoftPromptConfig(tiny.config_of(self.method, **started), **more)
+            return SoftPromptConfig(settings("adept" if self.method == "accept" else "accept", prompt_length=3), **more)
+        started = {"prompt_from": str(self.start)} if self.start else {}
+        return SoftPromptConfig(settings(self.method, **started), **more)
 
     def parts(self, network: Any, embeds: Tensor) -> tuple[Tensor, Tensor]:
         method = inner(network).prompt_adapter.method()
@@ -133,6 +134,15 @@ class Peers(Case):
         return 0
 
 
+def settings(method: str, **changes: Any) -> MethodConfig:
+    """Return tiny settings without ADePT's dropout, so that a training step is a function of the batch."""
+    if method == "adept":
+        changes["dropout"] = 0.0
+    if method.endswith("+adept"):
+        changes["offset"] = {**tiny.SIZES[method]["offset"], "dropout": 0.0}
+    return tiny.config_of(method, **changes)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw the same numbers inside the block, and leave the generator outside as it was."""
@@ -146,11 +156,15 @@ def scattered(model: nn.Module, change: Callable[[], Any], seed: int, spread: fl
     known = {id(parameter) for parameter in model.parameters()}
     changed = change()
     new = changed if isinstance(changed, nn.Module) else model
-    with seeded(seed):
-        for parameter in new.parameters():
-            if id(parameter) not in known:
-                nn.init.normal_(parameter, 0.0, spread)
+    scatter([(name, value) for name, value in new.named_parameters() if id(value) not in known], seed, spread)
     return changed
+
+
+def scatter(parameters: Iterable[tuple[str, nn.Parameter]], seed: int, spread: float = 1.0) -> None:
+    """Draw parameters from N(0, spread^2)."""
+    with seeded(seed):
+        for _, parameter in parameters:
+            nn.init.normal_(parameter, 0.0, spread)
 
 
 def inner(network: Any) -> Any:
@@ -246,14 +260,18 @@ def defined(case: Case, network: Any, row: Tensor, base: Any = None) -> Tensor:
 def near(actual: Tensor, expected: Tensor, what: str, tolerance: float = ROUNDING) -> None:
     """Assert that two tensors are equal up to rounding, relative to numbers above 1."""
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
-    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-    off = float((actual.float() - expected.float()).abs().max()) if expected.numel() else 0.0
-    assert off <= tolerance * scale, f"{what}: off by {off:.2g}"
+    off = largest(actual.detach().float() - expected.detach().float())
+    assert off <= tolerance * max(1.0, largest(expected)), f"{what}: off by {off:.2g}"
 
 
 def far(actual: Tensor, other: Tensor, what: str) -> None:
     """Assert that two tensors of one shape differ by more than rounding."""
-    assert float((actual - other).abs().max()) > 1e-3, f"{what}: no difference"
+    assert largest(actual - other) > 1e-3, f"{what}: no difference"
+
+
+def largest(tensor: Tensor) -> float:
+    """Return the largest absolute value, 0 for an empty tensor."""
+    return float(tensor.detach().abs().max()) if tensor.numel() else 0.0
 
 
 def same(actual: Tensor, expected: Tensor, what: str) -> None:
@@ -277,10 +295,26 @@ def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def gradients(case: Case, network: Any, ids: Tensor, mask: Tensor, **more: Any) -> list[Tensor]:
-    """Return the gradients of a loss that depends on every logit of the text."""
+    """Return the gradients of `objective`, in the order of `trainable`."""
     network.zero_grad()
-    logits = cut(case, network(**given(case, ids, mask), **more), ids.shape[1])
-    sum(text_logits(case, logits, mask, row).square().mean() for row in range(len(ids))).backward()
+    objective(case, cut(case, network(**given(case, ids, mask), **more), ids.shape[1]), mask).backward()
+    return slopes(network)
+
+
+def objective(case: Case, logits: Tensor, mask: Tensor) -> Tensor:
+    """Return a number that depends on every logit of the text, and on none of the padding."""
+    rows = [text_logits(case, logits, mask, row) for row in range(len(mask))]
+    return torch.stack([row.square().mean() for row in rows]).sum()
+
+
+def slopes(network: nn.Module) -> list[Tensor]:
+    """Return copies of the gradients of the trainable parameters.
+
+    Raises:
+        AssertionError: one has none.
+    """
+    found = []
     for name, parameter in trainable(network):
         assert parameter.grad is not None, f"{name} gets no gradient"
-    return [parameter.grad.clone() for _, parameter in trainable(network)]
+        found.append(parameter.grad.clone())
+    return found

@@ -6,14 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cases import EVERY, Case, Ours, Peers
+from cases import EVERY, MODELS, Case, Ours, Peers
 
 Check = Callable[[Case, Path], None]
+WANTED, OUTCOMES = "wanted.json", "outcomes.json"
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,6 @@ def call(
 
 def case_of(method: str, arch: str, start: Path | None = None) -> Case:
     """Return the case of a method, or of PEFT's own prompt tuning (`peft`), on an architecture."""
-    from cases import MODELS
-
     return Peers(MODELS[arch]) if method == "peft" else Ours(MODELS[arch], method, start)
 
 
@@ -69,32 +68,38 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:160]
 
 
-def apart(name: str, pairs: Sequence[tuple[str, str]], folder: Path, timeout: float = 280.0) -> dict[str, str]:
-    """Run a row's check in processes of its own; return the outcomes by `method arch`."""
+def apart(
+    processes: int, wanted: Iterable[tuple[str, str, str]], folder: Path, timeout: float = 280.0
+) -> dict[tuple[str, str, str], str]:
+    """Run (row, method, arch) after each other in `processes` new processes; return the outcome of each.
+
+    Raises:
+        RuntimeError: the processes died.
+    """
+    wanted = list(wanted)
     start = [sys.executable]
-    if CALLS[name].processes == 2:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WANTED).write_text(json.dumps(wanted), encoding="utf-8")
     done = subprocess.run(
-        [*start, str(here / "calls.py"), name, str(folder), *(f"{method}/{arch}" for method, arch in pairs)],
+        [*start, str(here / "calls.py"), str(folder)],
         env={**os.environ, "JAXTYPING_DISABLE": "1", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
-    written = folder / "outcomes.json"
-    if not written.is_file():
-        raise RuntimeError(f"{name}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    return json.loads(written.read_text(encoding="utf-8"))
+    if not (folder / OUTCOMES).is_file():
+        raise RuntimeError(f"exit code {done.returncode}\n{done.stderr[-2000:]}")
+    return dict(zip(wanted, json.loads((folder / OUTCOMES).read_text(encoding="utf-8")), strict=True))
 
 
-def work(arguments: Sequence[str]) -> None:
-    """What the processes of `apart` do: run the cases one after the other; the first process writes the outcomes."""
-    name, folder, *pairs = arguments
-    first = os.environ.get("RANK", "0") == "0"
-    outcomes = {}
-    for pair in pairs:
-        method, arch = pair.rsplit("/", 1)
-        own = Path(folder) / os.environ.get("RANK", "0") / pair.replace("/", "-")
-        outcomes[f"{method} {arch}"] = outcome(CALLS[name], case_of(method, arch), own)
-    if first:
-        (Path(folder) / "outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")
+def work(folder: Path) -> None:
+    """What the processes of `apart` do; the first one writes the outcomes."""
+    rank = os.environ.get("RANK", "0")
+    outcomes = [
+        outcome(CALLS[name], case_of(method, arch), folder / rank / str(number))
+        for number, (name, method, arch) in enumerate(json.loads((folder / WANTED).read_text(encoding="utf-8")))
+    ]
+    if rank == "0":
+        (folder / OUTCOMES).write_text(json.dumps(outcomes), encoding="utf-8")
