@@ -162,6 +162,15 @@ def resolve(file: Path | None, overrides: Iterable[tuple[str, Any]]) -> RunSetti
         tree["method"] = {"name": tree["method"]}
     for key, value in overrides:
         insert(tree, key, value)
+    return resolve_tree(tree)
+
+
+def resolve_tree(tree: dict[str, Any]) -> RunSettings:
+    """Check a tree of settings and return them.
+
+    Raises:
+        UsageError: an unknown key, a value that cannot be used, or nothing to train on.
+    """
     settings = RunSettings(**tree)
     if (settings.task is None) == (settings.data.path is None):
         raise UsageError("name what to train on: either a task (--task glue/rte) or your own data (--data FILE)")

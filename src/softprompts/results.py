@@ -26,7 +26,9 @@ STEPS = "steps.jsonl"
 PREDICTIONS = "predictions.jsonl"
 STATE = "state.safetensors"
 ADAPTER = "adapter"
-OURS = (RECORD, STEPS, PREDICTIONS, ADAPTER, STATE)
+SEARCH = "search.json"
+TRIALS = "search"
+OURS = (RECORD, STEPS, PREDICTIONS, ADAPTER, STATE, SEARCH, TRIALS)
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -47,7 +49,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
             f"output folder {folder} exists and is not empty; continue it with --resume, replace it with "
             f"--overwrite, or name another with --out"
         )
-    if not (folder / RECORD).exists():
+    if not ((folder / RECORD).exists() or (folder / SEARCH).exists()):
         raise UsageError(f"{folder} is not the folder of a run ({RECORD} is missing); it is left alone, name another")
 
 

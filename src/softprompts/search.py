@@ -10,7 +10,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Sequence
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -19,6 +19,7 @@ from softprompts.core import CombinedConfig, MethodConfig
 from softprompts.errors import UsageError
 from softprompts.files import write_text
 from softprompts.population import Halving
+from softprompts.results import SEARCH, TRIALS
 
 if TYPE_CHECKING:
     from softprompts.train import Progress
@@ -36,8 +37,6 @@ PROMPT_RATES = (0.03, 3.0)
 """Range of prompt rates: a decade around the papers' 0.3 to 0.5, evenly on a logarithmic scale."""
 OFFSET_RATES = (1e-4, 5e-2)
 """Range of offset rates; the papers take 1e-4 to 5e-3."""
-FILE = "search.json"
-FOLDER = "search"
 
 
 def find(
@@ -60,7 +59,7 @@ def find(
     """
     from softprompts.train import train_together
 
-    file, folder = out / FILE, out / FOLDER
+    file, folder = out / SEARCH, out / TRIALS
     if resume and file.exists():
         outcome = json.loads(file.read_text(encoding="utf-8"))
         if outcome["asked"] != settings.model_dump(mode="json") or outcome["count"] != count:
@@ -68,6 +67,7 @@ def find(
         if outcome["chosen"] is not None:
             return RunSettings(**outcome["settings"]), outcome
     outcome = {"asked": settings.model_dump(mode="json"), "count": count, "chosen": None}
+    begun = time.perf_counter()
     steps = steps_per_rung(settings, count)
     trials = [trial(one, steps) for one in candidates(settings, count)]
     write_text(file, json.dumps(outcome, indent=2) + "\n")
@@ -88,12 +88,21 @@ def find(
             for one, score, record in zip(trials, scores, records, strict=True)
         ],
         "rows": records[best]["scores"]["validation"]["n"],
-        "seconds": round(sum(record.get("cost", {}).get("seconds", 0.0) for record in records), 2),
+        "seconds": round(time.perf_counter() - begun, 2),
         "settings": chosen.model_dump(mode="json"),
     }
     write_text(file, json.dumps(outcome, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     return chosen, outcome
+
+
+def unfinished_search(out: Path) -> tuple[RunSettings, int] | None:
+    """Return (settings as asked, count) of the search that a run began with, None if it began without one."""
+    file = out / SEARCH
+    if not file.exists():
+        return None
+    outcome = json.loads(file.read_text(encoding="utf-8"))
+    return RunSettings(**outcome["asked"]), outcome["count"]
 
 
 def candidates(settings: RunSettings, count: int) -> list[RunSettings]:
@@ -172,8 +181,9 @@ def trial(settings: RunSettings, steps: int) -> RunSettings:
     """Return a candidate's settings for the search: few steps, few rows, no baseline."""
     limit = settings.data.validation_limit
     rows = VALIDATION_ROWS if limit is None else min(limit, VALIDATION_ROWS)
+    short = {"steps": RUNGS * steps, "eval_every": steps, "patience": None, "save_every": None, "warmup": None}
     return settings.updated(
-        train=settings.train.updated(steps=RUNGS * steps, eval_every=steps, patience=None, save_every=None, warmup=None),
+        train=settings.train.updated(**short),
         data=settings.data.updated(validation_limit=rows, test_limit=1),
         eval=settings.eval.updated(untuned=False),
     )
@@ -181,7 +191,8 @@ def trial(settings: RunSettings, steps: int) -> RunSettings:
 
 def choice(settings: RunSettings) -> dict[str, Any]:
     """Return what distinguishes a candidate."""
-    init = {"init": settings.method["init"]} if "init" in settings.method else {}
+    config = settings.method_config()
+    init = {"init": config.init} if "init" in type(config).model_fields else {}
     return {"prompt_rate": settings.train.prompt_rate, "offset_rate": settings.train.offset_rate, **init}
 
 
@@ -193,8 +204,3 @@ def describe(outcome: dict[str, Any]) -> str:
         f"search: {named} of {outcome['count']} candidates ({outcome['metric']} {best['score']:.4f} after "
         f"{best['steps']} steps on {outcome['rows']} validation rows)"
     )
-
-
-def spread(records: Sequence[dict[str, Any]]) -> list[float]:
-    """Return the best validation scores of trials, best first."""
-    return sorted((record["score"] for record in records), reverse=True)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+SPLITS = ("validation", "test")
 PIPE_WIDTH = 160
 """Columns when the output is no terminal: wide enough that tables are not folded for grep."""
 
@@ -118,6 +119,27 @@ def show_runs(console: Console, result: Mapping[str, Any]) -> None:
         f"{first['method']} on {first['task']}, {first['model']}, protocol {first['protocol']}: "
         f"{len(runs)} runs, n={first['scores']['test']['n']:,} test examples each",
     )
+    plain(console, f"runs in {result['folder']}")
+
+
+def show_sweep(console: Console, result: Mapping[str, Any]) -> None:
+    """Draw the scores of a sweep: every run, the means over seeds, and the best by validation."""
+    names = list(result["runs"][0]["values"])
+    columns = [*names, "status", "steps", "validation", "test"]
+    rows = [[*row["values"].values(), *(row[key] for key in columns[len(names) :])] for row in result["runs"]]
+    table(console, columns, rows)
+    several = [entry for entry in result["settings"] if entry["n"] > 1]
+    if several:
+        names = list(several[0]["values"])
+        rows = [
+            [*entry["values"].values(), entry["n"], *(entry[split][key] for split in SPLITS for key in ("mean", "sd"))]
+            for entry in several
+        ]
+        table(console, [*names, "n", "validation", "sd", "test", "sd"], rows, "Mean over seeds")
+    best = result["best_by_validation"]
+    if best is not None:
+        named = ", ".join(f"{key}={value}" for key, value in best["values"].items()) or "the one setting"
+        plain(console, f"best on validation: {named} ({best['validation']['mean']:.4f}, n={best['n']} runs)")
     plain(console, f"runs in {result['folder']}")
 
 

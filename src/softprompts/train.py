@@ -52,15 +52,24 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    about: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train one prompt, score it, and leave a run record in `out`. Returns the record.
+
+    Args:
+        settings: of the run.
+        out: its folder.
+        resume: continue where the folder says.
+        overwrite: begin again.
+        about: further entries of the record, for example how the settings were found.
+        progress: hears of every step.
 
     Raises:
         UsageError: settings, data or folder that cannot be used; nothing is written then.
         SoftPromptsError: the loss is not a number, or the disk refuses.
     """
-    return train_together([settings], [out], resume=resume, overwrite=overwrite, progress=progress)[0]
+    return train_together([settings], [out], resume=resume, overwrite=overwrite, about=about, progress=progress)[0]
 
 
 def train_together(
@@ -70,6 +79,7 @@ def train_together(
     resume: bool = False,
     overwrite: bool = False,
     halving: Halving | None = None,
+    about: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Train several prompts on one backbone at once, each as if alone, and leave a run record in each folder.
@@ -80,6 +90,7 @@ def train_together(
         resume: continue where the folders' common state says.
         overwrite: begin again.
         halving: drop the worse half after some evaluations; such a member's record has the status "dropped".
+        about: further entries of every record.
         progress: hears of every step.
 
     Raises:
@@ -134,6 +145,7 @@ def train_together(
             splits = {**shared, "train": encoder.encode(data.train)}
         member = Member(one, out, name, encoder, data, splits)
         member.record = results.new_record(one, data, backbone, splits, name, member.parameters.values())
+        member.record |= about or {}
         if before is not None and before["data"]["provenance"] != member.record["data"]["provenance"]:
             raise UsageError(f"the data have changed since {out} was begun; take --overwrite to begin again")
         members.append(member)
@@ -322,6 +334,10 @@ class Run:
             self.accelerator,
         )
 
+    def key(self, member: Member) -> str:
+        """Return a member's name in the common state: a population's may lose members between kill and resume."""
+        return member.name if len(self.members) == 1 else member.out.name
+
     def save_state(self) -> None:
         """Write everything a resume needs into one file, atomically."""
         self.accelerator.wait_for_everyone()
@@ -332,8 +348,9 @@ class Run:
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         states = {}
         for member in self.members:
-            tensors |= {f"{member.name}/{key}": value for key, value in member.tensors().items()}
-            states[member.name] = json.dumps(vars(member.state))
+            own = self.key(member)
+            tensors |= {f"{own}/{key}": value for key, value in member.tensors().items()}
+            states[own] = json.dumps(vars(member.state))
         write_tensors(self.state_file, tensors, states)
 
     def load_state(self) -> None:
@@ -353,9 +370,9 @@ class Run:
         """Take over the random state, and every member's step, weights and moments."""
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         for member in self.members:
-            own = f"{member.name}/"
-            mine = {key.removeprefix(own): value for key, value in tensors.items() if key.startswith(own)}
-            member.take(file.metadata()[member.name], mine)
+            own = self.key(member)
+            mine = {k.removeprefix(f"{own}/"): value for k, value in tensors.items() if k.startswith(f"{own}/")}
+            member.take(file.metadata()[own], mine)
         if self.main:
             torch.set_rng_state(tensors["rng"])
             if torch.cuda.is_available() and "rng.cuda" in tensors:
