@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from tiny import PAD, VOCABULARY, build, prompted
+from tiny import PAD, build, prompted
 from torch.testing import assert_close
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -61,7 +61,7 @@ def calls_of(module: Any, run: Any) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("room", [512, 8, 1])
+@pytest.mark.parametrize("room", [100_000, 80, 1])
 @pytest.mark.parametrize("words", [WORDS, [[5], [7]], [[5, 1], [7, 1]]], ids=["unequal", "single", "equal"])
 @pytest.mark.parametrize("method", [None, "accept", "adept"])
 @pytest.mark.parametrize("model", tiny.WRITERS)
@@ -69,7 +69,7 @@ def calls_of(module: Any, run: Any) -> list[int]:
 def test_all_words_at_once_are_each_word_alone(
     model: str, method: str | None, words: list[list[int]], room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "WORD_ROWS", room)
+    monkeypatch.setattr(evaluate, "WORD_SLOTS", room)
     network = build(model) if method is None else prompted(model, method)
     fast, slow = (rank_seq2seq, rank_each) if model == "t5" else (rank_causal, rank_whole)
     encoder, rows = encoder_of(network, "seq2seq" if model == "t5" else "causal"), rows_of()

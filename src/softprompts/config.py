@@ -42,6 +42,8 @@ class DataSettings(Settings):
     """Longest target in training and generation. None = the longest label word, or 20 for open answers."""
     padding: Literal["dynamic", "max"] = "dynamic"
     """Pad to the longest text of the batch, or always to max_source_tokens (the papers; slower, same logits)."""
+    cache: bool = True
+    """Keep the tokens of large splits in SOFTPROMPTS_CACHE (default ~/.cache/softprompts) for the next run."""
     train_limit: int | None = Field(None, ge=1)
     """Use only the first rows of the training split."""
     validation_limit: int | None = Field(None, ge=1)
@@ -108,10 +110,14 @@ class EvalSettings(Settings):
     scoring: Literal["auto", "rank", "generate"] = "auto"
     """Rank the label words by their summed log-likelihood (words of unequal length are not on equal terms), or
     generate greedily. auto = the protocol's: clean ranks, paper generates."""
-    batch_size: int = Field(64, ge=1)
-    """Rows of one evaluation batch."""
+    batch_size: int | None = Field(None, ge=1)
+    """Rows of one evaluation batch. None = as many as the device is fast with, by their lengths."""
+    validation_rows: int | None = Field(None, ge=1)
+    """Validation rows scored in training, a fixed choice with every class in its share. None = as many as cost about a
+    tenth of the training between two evaluations, at least 128; all under the paper protocol or a validation_limit."""
     untuned: bool = True
-    """Also score the backbone without a prompt on the test split."""
+    """Also score the backbone without a prompt, on the test split; of a large one on as many rows as cost a hundredth
+    of the training, at least 128 (all under the paper protocol or a test_limit)."""
 
 
 class RunSettings(Settings):
@@ -157,12 +163,21 @@ def resolve(file: Path | None, overrides: Iterable[tuple[str, Any]]) -> RunSetti
     Raises:
         UsageError: an unreadable file, an unknown key, a value that cannot be used.
     """
+    return resolve_tree(merged(file, overrides))
+
+
+def merged(file: Path | None, overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the tree of a TOML settings file (optional) with overrides on top, unchecked.
+
+    Raises:
+        UsageError: an unreadable file, or a key that has no room.
+    """
     tree: dict[str, Any] = {} if file is None else read_toml(file)
     if isinstance(tree.get("method"), str):
         tree["method"] = {"name": tree["method"]}
     for key, value in overrides:
         insert(tree, key, value)
-    return resolve_tree(tree)
+    return tree
 
 
 def resolve_tree(tree: dict[str, Any]) -> RunSettings:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from softprompts.backbone import Backbone, decoder_start
+from softprompts.cache import Tokens, cached_tokens
 from softprompts.config import DataSettings, RunSettings
 from softprompts.errors import UsageError
 from softprompts.tasks import Example, Task, TaskData, fingerprint, get_task, load_task
+from softprompts.tasks.splits import SEED
 
 IGNORED = -100
 OPEN_TARGET_TOKENS = 20
@@ -68,6 +70,7 @@ class Encoder:
     max_target: int
     fixed: bool = False
     limited_by: str = "data.max_source_tokens"
+    cached: bool = False
 
     def encode(self, examples: Sequence[Example]) -> Rows:
         """Tokenise; texts beyond `max_source` tokens lose their end, never their target.
@@ -77,6 +80,15 @@ class Encoder:
         """
         if not examples:
             return Rows(examples, [], [], [], 0)
+        tokens = (cached_tokens if self.cached else Encoder.tokenise)(self, examples)
+        longest = max(len(ids) for ids in tokens.targets)
+        if longest > self.max_target and self.backbone.kind != "classification":
+            raise UsageError(f"a target of {longest} tokens exceeds data.max_target_tokens={self.max_target}; raise it")
+        classes = [float(e.value if e.label is None and e.value is not None else e.label or 0) for e in examples]
+        return Rows(examples, tokens.sources, tokens.targets, classes, tokens.truncated, tokens.targets_cut)
+
+    def tokenise(self, examples: Sequence[Example]) -> Tokens:
+        """Return the tokens of sources and targets, cut to their lengths (the targets of label words never)."""
         tokenizer = self.backbone.tokenizer
         causal = self.backbone.kind == "causal"
         cue = cue_ids(self.backbone) if causal else []
@@ -88,17 +100,19 @@ class Encoder:
             sources = [start + ids[:room] + cue for ids in full]
         else:
             sources = [ids if len(ids) <= room else cut(ids, room, tokenizer) for ids in full]
-        targets = [self.encode_target(example.target) for example in examples]
+        known = {text: self.encode_target(text) for text in {example.target for example in examples}}
+        targets = [known[example.target] for example in examples]
         targets_cut = 0
-        if self.task.label_words is None and self.backbone.kind != "classification":
+        if self.cuts_targets:
             most, end = self.max_target, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
             targets_cut = sum(len(ids) > most for ids in targets)
             targets = [ids if len(ids) <= most else ids[: most - len(end)] + end for ids in targets]
-        longest = max(len(ids) for ids in targets)
-        if longest > self.max_target and self.backbone.kind != "classification":
-            raise UsageError(f"a target of {longest} tokens exceeds data.max_target_tokens={self.max_target}; raise it")
-        classes = [float(e.value if e.label is None and e.value is not None else e.label or 0) for e in examples]
-        return Rows(examples, sources, targets, classes, sum(len(ids) > room for ids in full), targets_cut)
+        return Tokens(sources, targets, sum(len(ids) > room for ids in full), targets_cut)
+
+    @property
+    def cuts_targets(self) -> bool:
+        """Whether long targets are cut: open answers of models that write."""
+        return self.task.label_words is None and self.backbone.kind != "classification"
 
     def encode_target(self, text: str) -> list[int]:
         """Return a target's ids with the end-of-text id."""
@@ -160,7 +174,7 @@ def make_encoder(backbone: Backbone, task: Task, settings: DataSettings, reach: 
             f"only {max_source} tokens are left for the text ({limited_by}); it takes at least {least}: raise that "
             f"limit or shorten the prompt"
         )
-    return Encoder(backbone, task, max_source, max_target, settings.padding == "max", limited_by)
+    return Encoder(backbone, task, max_source, max_target, settings.padding == "max", limited_by, settings.cache)
 
 
 def cue_ids(backbone: Backbone) -> list[int]:
@@ -257,7 +271,43 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
     return [batches[i] for i in shuffled]
 
 
-def eval_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Return batches of all rows, longest first (the memory peak comes at once)."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+def eval_batches(lengths: Sequence[int], batch_size: int, slots: int | None = None) -> list[list[int]]:
+    """Return batches of all rows, longest first (the memory peak comes at once).
+
+    Args:
+        lengths: slots of each row.
+        batch_size: most rows of a batch.
+        slots: most slots of a batch, padding counted; a longer row is a batch of its own. None = any.
+    """
+    batches: list[list[int]] = []
+    size = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not batches or len(batches[-1]) >= size:
+            batches.append([])
+            size = batch_size if slots is None else max(1, min(batch_size, slots // max(1, lengths[row])))
+        batches[-1].append(row)
+    return batches
+
+
+def spread(examples: Sequence[Example], count: int) -> list[int]:
+    """Choose about `count` rows, always the same ones, every class with its share; in the order of the rows.
+
+    What is scored together (the answers of one question) is taken whole, so that it may be a few more; a smaller
+    choice is part of a larger one.
+    """
+    together: dict[Any, list[int]] = {}
+    for row, example in enumerate(examples):
+        together.setdefault(row if example.group is None else example.group, []).append(row)
+    units = list(together.values())
+    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(SEED)).tolist()
+    kinds: dict[Any, list[list[int]]] = {}
+    for unit in (units[i] for i in order):
+        kinds.setdefault(examples[unit[0]].label if len(unit) == 1 else None, []).append(unit)
+    # Each class is laid out evenly from 0 to 1: any beginning of the whole has every class with its share.
+    placed = [((i + 0.5) / len(own), unit) for own in kinds.values() for i, unit in enumerate(own)]
+    chosen: list[int] = []
+    for _, unit in sorted(placed, key=lambda entry: entry[0]):
+        if len(chosen) >= count:
+            break
+        chosen += unit
+    return sorted(chosen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,16 +13,27 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from softprompts.attach import remembering
+from softprompts.attach import adapters_of, remembering
 from softprompts.backbone import Backbone, decoder_start
-from softprompts.data import IGNORED, Encoder, Rows, eval_batches, pad
+from softprompts.config import RunSettings
+from softprompts.data import IGNORED, Encoder, Rows, eval_batches, pad, spread
 from softprompts.errors import UsageError
 from softprompts.shapes import SLOT
 from softprompts.tasks.base import Example, Protocol, Task
 
 Scoring = Literal["rank", "generate", "head"]
-WORD_ROWS = 512
-"""Most rows (texts times label words) of one call: more words are ranked in several calls, to bound the memory."""
+WORD_SLOTS = 16_384
+"""Most slots (of texts times label words) of one call: more words are ranked in several calls, to bound the memory."""
+BATCH_SLOTS = {"cpu": 2_048, "accelerator": 8_192}
+"""Slots of an evaluation batch, prompt and padding counted: a processor is slower with more, it leaves its caches."""
+BATCH_ROWS = 256
+"""Most rows of an evaluation batch whose size is automatic."""
+TRAINING_SHARE = 0.1
+"""Of the cost of training, what the evaluations on the validation split may cost; the untuned backbone a tenth of it."""
+LEAST_ROWS = 128
+"""Fewer rows say too little, whatever they cost."""
+ROW_COST, TOKEN_COST = 0.5, 0.03
+"""Cost of a row scored, and of a token generated for it, in rows trained (measured: 0.4 to 0.5)."""
 
 
 @dataclass
@@ -57,7 +68,7 @@ def predict(
     encoder: Encoder,
     rows: Rows,
     scoring: Scoring,
-    batch_size: int,
+    batch_size: int | None = None,
     advance: Callable[[int], Any] = lambda done: None,
     share: tuple[int, int] = (0, 1),
 ) -> dict[int, str]:
@@ -67,7 +78,7 @@ def predict(
         encoder: of the backbone that answers.
         rows: encoded examples.
         scoring: see `scoring_for`.
-        batch_size: rows at a time.
+        batch_size: rows at a time; None = as many as the device is fast with.
         advance: told how many rows were done after each batch.
         share: (rank, of how many processes): this process answers every n-th batch.
     """
@@ -78,7 +89,7 @@ def predict(
     answers: dict[int, str] = {}
     try:
         with remembering(model) if hasattr(model, SLOT) else nullcontext():
-            for chosen in eval_batches([len(ids) for ids in rows.sources], batch_size)[share[0] :: share[1]]:
+            for chosen in batches_for(model, rows, batch_size)[share[0] :: share[1]]:
                 answers.update(zip(chosen, answer(encoder, rows, chosen), strict=True))
                 advance(len(chosen))
     finally:
@@ -91,7 +102,7 @@ def evaluate(
     rows: Rows,
     protocol: Protocol,
     wanted: str = "auto",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     advance: Callable[[int], Any] = lambda done: None,
     accelerator: Any = None,
 ) -> Evaluation:
@@ -106,6 +117,69 @@ def evaluate(
     predictions = [answers[i] for i in range(len(rows))]
     scores = encoder.task.score(predictions, rows.examples, protocol, cut=encoder_cut(encoder))
     return Evaluation(predictions, scores, scoring)
+
+
+def batches_for(model: Any, rows: Rows, batch_size: int | None) -> list[list[int]]:
+    """Return the batches of an evaluation, of `batch_size` rows or of the slots that the model's device likes."""
+    lengths = [len(ids) for ids in rows.sources]
+    if batch_size is not None:
+        return eval_batches(lengths, batch_size)
+    slots = BATCH_SLOTS["cpu" if model.device.type == "cpu" else "accelerator"]
+    prompt = prompt_length(model)
+    return eval_batches([length + prompt for length in lengths], BATCH_ROWS, slots)
+
+
+def prompt_length(model: Any) -> int:
+    """Return the length of the active prompt, 0 if there is none."""
+    return adapters_of(model).method().length if hasattr(model, SLOT) else 0
+
+
+def scored_rows(
+    settings: RunSettings, encoder: Encoder, splits: Mapping[str, Rows]
+) -> tuple[dict[str, Rows], list[str]]:
+    """Return what a run scores of its validation split (`validation`) and without a prompt (`untuned`), and notes.
+
+    Whole splits, unless they would cost more than their share of the training; a pure function of settings and data.
+    """
+    data, plan = settings.data, settings.train
+    between = plan.eval_steps() * plan.batch_size
+    validation, test = splits["validation"], splits["test"]
+    wanted = settings.eval.validation_rows
+    if wanted is None and data.protocol != "paper" and data.validation_limit is None:
+        wanted = affordable(settings, encoder, TRAINING_SHARE * between, splits["train"], validation)
+    bare = None
+    if data.protocol != "paper" and data.test_limit is None:
+        bare = affordable(settings, encoder, TRAINING_SHARE**2 * plan.steps * plan.batch_size, splits["train"], test)
+    chosen = {
+        "validation": validation if wanted is None else validation.pick(spread(validation.examples, wanted)),
+        "untuned": test if bare is None else test.pick(spread(test.examples, bare)),
+    }
+    notes = []
+    if len(chosen["validation"]) < len(validation):
+        notes.append(
+            f"validation scores in training are of {len(chosen['validation']):,} of {len(validation):,} rows, a fixed "
+            f"choice (eval.validation_rows)"
+        )
+    if settings.eval.untuned and encoder.backbone.kind != "classification" and len(chosen["untuned"]) < len(test):
+        notes.append(f"the untuned backbone is scored on {len(chosen['untuned']):,} of {len(test):,} test rows")
+    steps = round(cost_in_rows(settings, encoder, splits["train"], test) * len(test) / plan.batch_size)
+    if steps > TRAINING_SHARE * plan.steps:
+        notes.append(f"scoring the {len(test):,} test rows will cost as much as {steps:,} of {plan.steps:,} steps")
+    return chosen, notes
+
+
+def affordable(settings: RunSettings, encoder: Encoder, budget: float, train: Rows, scored: Rows) -> int | None:
+    """Return how many rows can be scored for the cost of `budget` rows trained; None if all."""
+    count = max(LEAST_ROWS, round(budget / cost_in_rows(settings, encoder, train, scored)))
+    return count if count < len(scored) else None
+
+
+def cost_in_rows(settings: RunSettings, encoder: Encoder, train: Rows, scored: Rows) -> float:
+    """Estimate what scoring a row costs, in rows trained, from the lengths alone: a resumed run must choose alike."""
+    scoring = scoring_for(encoder.backbone, encoder.task, settings.data.protocol, settings.eval.scoring)
+    prompt = prompt_length(encoder.backbone.model)
+    long, usual = (sum(map(len, rows.sources)) / len(rows) + prompt for rows in (scored, train))
+    return ROW_COST * long / usual + TOKEN_COST * (encoder.max_target if scoring == "generate" else 0)
 
 
 def to_device(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
@@ -158,7 +232,7 @@ def rank_seq2seq(encoder: Encoder, rows: Rows, chosen: Sequence[int], words: lis
     memory, mask = model.get_encoder()(**inputs)[0], inputs["attention_mask"]
     start = decoder_start(model)
     columns = []
-    for some in portions(words, len(chosen)):
+    for some in portions(words, memory):
         targets = pad(some, IGNORED)[0].to(model.device)
         decoder_ids = pad([[start, *word[:-1]] for word in some], encoder.pad_id)[0].to(model.device)
         logits = model(
@@ -187,7 +261,7 @@ def rank_causal(encoder: Encoder, rows: Rows, chosen: Sequence[int], words: list
     cache = out.get("past_key_values")
     if not hasattr(cache, "batch_repeat_interleave"):
         return rank_whole(encoder, rows, chosen, words)
-    parts = portions(words, len(chosen))
+    parts = portions(words, inputs["input_ids"])
     rest = []
     for number, some in enumerate(parts, 1):
         # A pass writes to its cache: all but the last get a copy.
@@ -232,9 +306,9 @@ def rank_whole(encoder: Encoder, rows: Rows, chosen: Sequence[int], words: list[
     return torch.stack(columns, 1)
 
 
-def portions(words: list[list[int]], batch: int) -> list[list[list[int]]]:
-    """Cut the words into portions whose rows (`batch` texts times words) fit one call; mostly all words are one."""
-    size = max(1, WORD_ROWS // batch)
+def portions(words: list[list[int]], texts: Tensor) -> list[list[list[int]]]:
+    """Cut the words into portions that fit one call beside texts (B, T, ...); mostly all words are one portion."""
+    size = max(1, WORD_SLOTS // (texts.shape[0] * texts.shape[1]))
     return [words[i : i + size] for i in range(0, len(words), size)]
 
 

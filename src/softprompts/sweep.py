@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompts import results
-from softprompts.config import RunSettings, insert, read_toml, resolve_tree
+from softprompts.config import RunSettings, insert, merged, resolve_tree
 from softprompts.errors import UsageError
 from softprompts.population import Halving, fits
 
@@ -51,14 +51,10 @@ def plan(file: Path, overrides: Iterable[tuple[str, Any]] = ()) -> list[Planned]
     Raises:
         UsageError: no lists, or settings that cannot be used.
     """
-    tree = read_toml(file)
+    tree = merged(file, overrides)
     lists = flat(tree.pop("sweep", {}))
-    for key, value in overrides:
-        insert(tree, key, value)
     if not lists or not all(isinstance(values, list) and values for values in lists.values()):
         raise UsageError(f"{file} sweeps over nothing; give lists under [sweep], for example seed = [1, 2, 3]")
-    if isinstance(tree.get("method"), str):
-        tree["method"] = {"name": tree["method"]}
     planned = []
     for values in itertools.product(*lists.values()):
         own, chosen = deepcopy(tree), dict(zip(lists, values, strict=True))

@@ -1,0 +1,190 @@
+"""Sweeps: the grid of a file, populations behind it, going on after a kill; and the search for rates."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_train import SMALL, KillAt, Killed, settings_of
+
+from softprompts import results, search, sweep
+from softprompts.cli import main
+from softprompts.config import parse_assignment
+from softprompts.errors import UsageError
+from softprompts.population import fits
+
+HEAD = """
+task = "demo/request"
+method = "prompt_tuning"
+[train]
+steps = 4
+eval_every = 2
+[data]
+train_limit = 8
+validation_limit = 6
+test_limit = 6
+[sweep]
+"""
+
+
+def write(folder: Path, lists: str, head: str = HEAD) -> Path:
+    file = folder / "sweep.toml"
+    file.write_text(head + lists)
+    return file
+
+
+def small(file: Path) -> list[sweep.Planned]:
+    return sweep.plan(file, [parse_assignment("method.budget_tokens=4"), parse_assignment("train.batch_size=4")])
+
+
+def test_a_plan_is_the_grid_of_its_lists(tmp_path: Path) -> None:
+    planned = small(write(tmp_path, 'seed = [1, 2]\n"method.name" = ["dept", "accept"]\n[sweep.train]\nclip = [0.5]\n'))
+    assert [run.name for run in planned] == [
+        "seed-1_method-dept_clip-0.5", "seed-1_method-accept_clip-0.5", "seed-2_method-dept_clip-0.5",
+        "seed-2_method-accept_clip-0.5",
+    ]  # fmt: skip
+    third = planned[2].settings
+    assert (third.seed, third.method["name"], third.train.clip, third.train.batch_size) == (2, "dept", 0.5, 4)
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ("", "sweeps over nothing"),
+        ("seed = 3", "sweeps over nothing"),
+        ("seed = [1, 1]", "names the same run twice: seed-1"),
+        ('"train.promt_rate" = [1]', "did you mean 'prompt_rate'"),
+    ],
+)
+def test_a_plan_that_cannot_be(lists: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        small(write(tmp_path, lists))
+
+
+def test_runs_that_fit_share_a_backbone(tmp_path: Path) -> None:
+    planned = small(write(tmp_path, 'seed = [1, 2, 3]\n"train.batch_size" = [2, 4]\n'))
+    together = [[run.name for run in group] for group in sweep.groups(planned, 2)]
+    assert together == [
+        ["seed-1_batch_size-2", "seed-2_batch_size-2"], ["seed-1_batch_size-4", "seed-2_batch_size-4"],
+        ["seed-3_batch_size-2"], ["seed-3_batch_size-4"],
+    ]  # fmt: skip
+    heads = small(write(tmp_path, 'seed = [1, 2]\n"model.head" = ["classification"]\n'))
+    assert fits(heads[0].settings, heads[1].settings) and len(sweep.groups(heads, 8)) == 2
+
+
+def test_a_sweep_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    planned = small(write(tmp_path, 'seed = [1, 2, 3]\n"train.prompt_rate" = [0.1, 0.5]\n'))
+    whole = sweep.run_sweep(planned, tmp_path / "whole", most=4)
+    assert len(whole["runs"]) == 6 and all(row["status"] == "done" for row in whole["runs"])
+    assert [entry["n"] for entry in whole["settings"]] == [3, 3]
+    best = max(whole["settings"], key=lambda entry: entry["validation"]["mean"])
+    assert whole["best_by_validation"] == best
+    with pytest.raises(Killed):
+        # The second population has begun: 4 steps and 4 tests of 6 rows with one baseline, then 3 more steps.
+        sweep.run_sweep(planned, tmp_path / "killed", most=4, progress=KillAt(4 + 5 * 6 + 3))
+    states = sorted(path.parent.name for path in (tmp_path / "killed").rglob(results.STATE))
+    assert states == ["seed-3_prompt_rate-0.1"], "one population was done, the other had saved its state"
+    again = sweep.run_sweep(planned, tmp_path / "killed", most=4)
+    assert again == whole
+    untouched = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*") if path.is_file()}
+    assert sweep.run_sweep(planned, tmp_path / "killed", most=4) == whole
+    assert {path: path.stat().st_mtime_ns for path in untouched} == untouched, "what is done is not run again"
+    more = small(write(tmp_path, 'seed = [1, 2, 3, 4]\n"train.prompt_rate" = [0.1, 0.5]\n'))
+    longer = sweep.run_sweep(more, tmp_path / "killed", most=4)
+    assert len(longer["runs"]) == 8 and longer["runs"][:6] == whole["runs"]
+    with pytest.raises(UsageError, match="was run with other settings"):
+        sweep.run_sweep(other_steps(planned), tmp_path / "killed")
+
+
+def other_steps(planned: list[sweep.Planned]) -> list[sweep.Planned]:
+    first = planned[0]
+    changed = first.settings.updated(train=first.settings.train.updated(steps=6))
+    return [sweep.Planned(first.name, changed, first.values)]
+
+
+def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = write(tmp_path, "seed = [1, 2]\n")
+    command = ["sweep", str(file), "--out", str(tmp_path / "out"), "-s", "method.budget_tokens=4", "--json"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["run"] for row in found["runs"]] == ["seed-1", "seed-2"]
+    assert results.read_record(tmp_path / "out" / "seed-1")["cost"]["population"] == 2
+    assert main([*command[:-1]]) == 0
+    shown = capsys.readouterr().out
+    assert "Mean over seeds" in shown and "best on validation: the one setting" in shown
+
+
+# ---------------------------------------------------------------------------------------------- search
+
+
+def test_candidates_cover_the_ranges() -> None:
+    settings = settings_of("seed=5")
+    found = search.candidates(settings, 9)
+    assert found[0] == settings and search.candidates(settings, 9) == found
+    prompt = sorted(one.train.prompt_rate for one in found[1:])
+    offset = sorted(one.train.offset_rate for one in found[1:])
+    for rates, (low, high) in ((prompt, search.PROMPT_RATES), (offset, search.OFFSET_RATES)):
+        edges = [low * (high / low) ** (n / 8) for n in range(9)]
+        assert all(a * 0.99 <= rate <= b * 1.01 for rate, a, b in zip(rates, edges, edges[1:], strict=False))
+    assert {one.method.get("init") for one in found[1:]} == {"kaiming", "vocabulary"}
+    assert search.candidates(settings_of("seed=6"), 9)[1:] != found[1:]
+    alone = search.candidates(settings_of("method={name='prompt_tuning', prompt_length=3}"), 3)
+    assert len({one.train.prompt_rate for one in alone}) == 3 and len({one.train.offset_rate for one in alone}) == 1
+
+
+def test_the_cost_is_at_most_half_a_run() -> None:
+    for count in (2, 3, 4, 8, 16):
+        settings = settings_of("train.steps=1000", "train.batch_size=16", "data.validation_limit=300")
+        steps, alive, spent = search.steps_per_rung(settings, count), count, 0.0
+        for _ in range(search.RUNGS):
+            spent += alive * (steps + search.VALIDATION_ROWS * search.ROW_COST / 16)
+            alive = max(2, -(-alive // 2))
+        assert 0.9 * 500 < spent <= 500
+    with pytest.raises(UsageError, match=r"--search 8 needs at least train\.steps=\d+"):
+        search.steps_per_rung(settings_of("train.steps=60"), 8)
+    with pytest.raises(UsageError, match="nothing to choose from"):
+        search.steps_per_rung(settings_of(), 1)
+
+
+def test_a_search_takes_the_best_on_validation(tmp_path: Path) -> None:
+    # At a rate of 0 nothing is learned: the settings as given must lose.
+    settings = settings_of("train.steps=200", "train.prompt_rate=0", "train.offset_rate=0", "data.train_limit=64",
+                           "data.validation_limit=32", "train.batch_size=8")  # fmt: skip
+    chosen, outcome = search.find(settings, 4, tmp_path / "run")
+    trials = outcome["trials"]
+    assert len(trials) == 4 and outcome["rows"] == 32 and outcome["chosen"] != 0
+    assert {trial["status"] for trial in trials} == {"done", "dropped"}
+    finalists = [trial for trial in trials if trial["status"] == "done"]
+    assert trials[outcome["chosen"]]["score"] == max(trial["score"] for trial in finalists)
+    assert chosen.train.prompt_rate == trials[outcome["chosen"]]["prompt_rate"] > 0
+    assert chosen.train.updated(prompt_rate=0, offset_rate=0) == settings.train
+    assert search.find(settings, 4, tmp_path / "run", resume=True) == (chosen, outcome)
+    with pytest.raises(UsageError, match="begun with other settings"):
+        search.find(settings, 5, tmp_path / "run", resume=True)
+    assert not (tmp_path / "run" / results.TRIALS).exists()
+
+
+def test_a_killed_search_goes_on(tmp_path: Path) -> None:
+    settings = settings_of("train.steps=90", "train.batch_size=8", "data.train_limit=32")
+    whole = search.find(settings, 2, tmp_path / "whole")
+    with pytest.raises(Killed):
+        search.find(settings, 2, tmp_path / "killed", progress=KillAt(whole[1]["trials"][0]["steps"] - 1))
+    assert search.unfinished_search(tmp_path / "killed") == (settings, 2)
+    resumed = search.find(settings, 2, tmp_path / "killed", resume=True)
+    assert resumed[0] == whole[0]
+    assert {**resumed[1], "seconds": 0} == {**whole[1], "seconds": 0}
+
+
+def test_the_option(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "run"
+    given = [part for text in (*SMALL, "train.steps=70", "train.batch_size=8") for part in ("-s", text)]
+    assert main(["train", *given, "--search", "2", "--out", str(out), "--json"]) == 0
+    captured = capsys.readouterr()
+    record = json.loads(captured.out)
+    assert "search: prompt_rate=" in captured.err
+    assert len(record["search"]["trials"]) == 2 and record["search"]["seconds"] > 0
+    found = record["search"]["trials"][record["search"]["chosen"]]
+    assert record["settings"]["train"]["prompt_rate"] == found["prompt_rate"] and record["steps_done"] == 70
+    assert main(["train", "--resume", "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["search"] == record["search"]
+    assert main(["train", *given, "--search", "2", "--seeds", "1,2"]) == 2
+    assert "--search and --seeds" in capsys.readouterr().err
