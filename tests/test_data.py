@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from softprompts.backbone import load_backbone
 from softprompts.config import DataSettings, ModelSettings
-from softprompts.data import IGNORED, Encoder, epoch_batches, eval_batches, make_encoder, pad
+from softprompts.data import IGNORED, Encoder, epoch_batches, eval_batches, make_encoder, pad, spread
 from softprompts.tasks import Example, get_task
 
 LENGTHS = [3, 50, 7, 7, 90, 12, 33, 4, 5, 61, 8]
@@ -37,6 +37,43 @@ def test_buckets_waste_little() -> None:
 def test_evaluation_starts_with_the_longest() -> None:
     batches = eval_batches(LENGTHS, 4)
     assert sorted(row for batch in batches for row in batch) == list(range(len(LENGTHS))) and batches[0][0] == 4
+
+
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=60), st.integers(1, 9), st.integers(1, 300))
+def test_evaluation_batches_hold_every_row_once_and_few_slots(lengths: list[int], size: int, slots: int) -> None:
+    batches = eval_batches(lengths, size, slots)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) <= size and (len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= slots)
+
+
+def classes(*counts: int) -> list[Example]:
+    return [Example("x", str(label), (), label=label) for label, count in enumerate(counts) for _ in range(count)]
+
+
+def test_a_choice_of_rows_has_every_class_in_its_share() -> None:
+    rows = classes(600, 300, 100)
+    for count in (10, 100, 500):
+        chosen = spread(rows, count)
+        assert chosen == sorted(set(chosen)) and len(chosen) == count
+        assert [sum(rows[i].label == label for i in chosen) for label in range(3)] == [
+            6 * count // 10,
+            3 * count // 10,
+            count // 10,
+        ]
+    assert set(spread(rows, 100)) < set(spread(rows, 500))
+    assert spread(rows, 100) == spread(rows, 100) and spread(rows, 100)[:60] != list(range(60))
+    assert spread(rows, 1000) == spread(rows, 5000) == list(range(1000))
+
+
+def test_a_choice_of_rows_without_classes_is_of_the_wanted_size() -> None:
+    assert len(spread([Example("x", "y", ("y",)) for _ in range(50)], 7)) == 7
+
+
+def test_a_choice_of_rows_keeps_questions_whole() -> None:
+    rows = [Example("x", "1", (), label=i % 2, group=f"question {i // 3}") for i in range(90)]
+    chosen = spread(rows, 20)
+    assert len(chosen) == 21 and all(chosen.count(i) for row in chosen for i in range(row // 3 * 3, row // 3 * 3 + 3))
 
 
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5), st.booleans())

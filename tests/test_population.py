@@ -21,7 +21,7 @@ assert "model.dtype=fp32" in SMALL, "equality is meant to the last digits"
 
 MEMBERS = (
     ("seed=1",),
-    ("seed=2", "train.prompt_rate=0.5", "train.offset_rate=0.02"),
+    ("seed=2", "train.prompt_rate=0.1", "train.offset_rate=0.001"),
     ("seed=3", "method.init=gaussian", "train.warmup=0", "train.clip=0.1"),
     ("seed=4", "method={name='adept', prompt_length=9, rank=4, dropout=0.0}", "train.weight_decay=0.1"),
     ("seed=5", "data.shots=6", "data.shot_seed=7"),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import tokenizers
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -77,7 +78,7 @@ def key_of(encoder: Encoder, examples: Sequence[Example]) -> str:
     tokenizer = encoder.backbone.tokenizer
     about = {
         "format": FORMAT,
-        "versions": [transformers.__version__, transformers.tokenization_utils_base.tokenizers_version],
+        "versions": [transformers.__version__, tokenizers.__version__],
         "class": type(tokenizer).__name__,
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)],
         "kind": encoder.backbone.kind,

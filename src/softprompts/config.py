@@ -114,10 +114,11 @@ class EvalSettings(Settings):
     """Rows of one evaluation batch. None = as many as the device is fast with, by their lengths."""
     validation_rows: int | None = Field(None, ge=1)
     """Validation rows scored in training, a fixed choice with every class in its share. None = as many as cost about a
-    tenth of the training between two evaluations, at least 128; all under the paper protocol or a validation_limit."""
+    tenth of the training between two evaluations, at least 128; all with the paper protocol or a set
+    data.validation_limit."""
     untuned: bool = True
     """Also score the backbone without a prompt, on the test split; of a large one on as many rows as cost a hundredth
-    of the training, at least 128 (all under the paper protocol or a test_limit)."""
+    of the training, at least 128 (all with the paper protocol or a set data.test_limit)."""
 
 
 class RunSettings(Settings):

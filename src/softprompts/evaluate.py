@@ -29,11 +29,13 @@ BATCH_SLOTS = {"cpu": 2_048, "accelerator": 8_192}
 BATCH_ROWS = 256
 """Most rows of an evaluation batch whose size is automatic."""
 TRAINING_SHARE = 0.1
-"""Of the cost of training, what the evaluations on the validation split may cost; the untuned backbone a tenth of it."""
+"""Of the cost of training, what evaluating on the validation split may cost; the untuned backbone a tenth of that."""
 LEAST_ROWS = 128
 """Fewer rows say too little, whatever they cost."""
 ROW_COST, TOKEN_COST = 0.5, 0.03
 """Cost of a row scored, and of a token generated for it, in rows trained (measured: 0.4 to 0.5)."""
+USUAL_PROMPT = 60
+"""Slots of a row beside its text, in estimates that must not differ among runs compared with each other."""
 
 
 @dataclass
@@ -125,13 +127,9 @@ def batches_for(model: Any, rows: Rows, batch_size: int | None) -> list[list[int
     if batch_size is not None:
         return eval_batches(lengths, batch_size)
     slots = BATCH_SLOTS["cpu" if model.device.type == "cpu" else "accelerator"]
-    prompt = prompt_length(model)
+    attached = adapters_of(model).methods() if hasattr(model, SLOT) else {}
+    prompt = max((method.length for method in attached.values()), default=0)
     return eval_batches([length + prompt for length in lengths], BATCH_ROWS, slots)
-
-
-def prompt_length(model: Any) -> int:
-    """Return the length of the active prompt, 0 if there is none."""
-    return adapters_of(model).method().length if hasattr(model, SLOT) else 0
 
 
 def scored_rows(
@@ -177,9 +175,8 @@ def affordable(settings: RunSettings, encoder: Encoder, budget: float, train: Ro
 def cost_in_rows(settings: RunSettings, encoder: Encoder, train: Rows, scored: Rows) -> float:
     """Estimate what scoring a row costs, in rows trained, from the lengths alone: a resumed run must choose alike."""
     scoring = scoring_for(encoder.backbone, encoder.task, settings.data.protocol, settings.eval.scoring)
-    prompt = prompt_length(encoder.backbone.model)
-    long, usual = (sum(map(len, rows.sources)) / len(rows) + prompt for rows in (scored, train))
-    return ROW_COST * long / usual + TOKEN_COST * (encoder.max_target if scoring == "generate" else 0)
+    own, usual = (sum(map(len, rows.sources)) / len(rows) + USUAL_PROMPT for rows in (scored, train))
+    return ROW_COST * own / usual + TOKEN_COST * (encoder.max_target if scoring == "generate" else 0)
 
 
 def to_device(inputs: dict[str, Any], model: Any) -> dict[str, Any]:

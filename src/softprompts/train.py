@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from softprompts.checkpoint import write_tensors
 from softprompts.config import RunSettings
 from softprompts.data import IGNORED, Rows, load_data, make_encoder, num_labels, truncation_notes
 from softprompts.errors import SoftPromptsError, UsageError
-from softprompts.evaluate import Evaluation, evaluate, majority, to_device
+from softprompts.evaluate import Evaluation, evaluate, majority, scored_rows, to_device
 from softprompts.member import Member
 from softprompts.population import Halving, check_fit
 
@@ -137,13 +137,16 @@ def train_together(
     shared = {name: encoder.encode(getattr(task_data, name)) for name in ("train", "validation", "test")}
     for note in (*task_data.notes, *truncation_notes(shared, encoder)):
         progress.note(note)
-    members = []
+    members: list[Member] = []
     for one, out, name, before in zip(settings, folders, names, earlier, strict=True):
         data, splits = task_data, shared
         if (one.data.shots, one.data.shot_seed) != (first.data.shots, first.data.shot_seed):
             data = load_data(one)
             splits = {**shared, "train": encoder.encode(data.train)}
-        member = Member(one, out, name, encoder, data, splits)
+        scored, limits = scored_rows(one, encoder, splits)
+        for note in limits if not members else ():
+            progress.note(note)
+        member = Member(one, out, name, encoder, data, {**splits, **scored})
         member.record = results.new_record(one, data, backbone, splits, name, member.parameters.values())
         member.record |= about or {}
         if before is not None and before["data"]["provenance"] != member.record["data"]["provenance"]:
@@ -279,15 +282,18 @@ class Run:
         inputs, labels = self.encoder.batch(rows, range(len(rows)))
         inputs, labels = to_device(inputs, self.backbone.model), labels.to(self.accelerator.device)
         names = [member.name for member, part in zip(training, parts, strict=True) for _ in part]
-        with nullcontext() if len(self.members) == 1 else using(self.backbone.model, names):
+        seen = None if self.backbone.kind == "classification" else labels != IGNORED
+        with (
+            nullcontext() if len(self.members) == 1 else using(self.backbone.model, names),
+            nullcontext() if seen is None else logits_where(self.backbone, seen),
+        ):
             logits = self.model(**inputs).logits
-        found: list[Tensor | None] = []
-        start = 0
-        for part in parts:
-            own = slice(start, start + len(part))
-            found.append(summed_loss(logits[own], labels[own], self.backbone) if part else None)
-            start += len(part)
-        return found
+        # One logit per row of a head, per target token of a language model.
+        of_rows = torch.ones(len(rows), dtype=torch.long) if seen is None else seen.sum(1)
+        targets = labels if seen is None else labels[seen]
+        sizes = [int(count.sum()) for count in of_rows.split([len(part) for part in parts])]
+        pairs = zip(logits.split(sizes), targets.split(sizes), strict=True)
+        return [summed_loss(*pair) if part else None for part, pair in zip(parts, pairs, strict=True)]
 
     def log(self, training: Sequence[Member]) -> None:
         """Write the losses since the last look; SoftPromptsError if one is not a number."""
@@ -392,13 +398,13 @@ class Run:
             test = self.evaluate(member, "test", self.progress.advance)
             data, protocol = member.data, member.settings.data.protocol
             baselines = {"majority": majority(self.encoder.task, data.train, data.test, protocol)}
-            member.state.eval_seconds += time.perf_counter() - begun
             if member.settings.eval.untuned and self.backbone.kind != "classification":
                 if untuned is None:
-                    self.progress.phase("untuned", len(member.splits["test"]))
+                    self.progress.phase("untuned", len(member.splits["untuned"]))
                     with disabled(self.backbone.model):
-                        untuned = self.evaluate(member, "test", self.progress.advance).scores
+                        untuned = self.evaluate(member, "untuned", self.progress.advance).scores
                 baselines["untuned"] = untuned
+            member.state.eval_seconds += time.perf_counter() - begun
             if self.main:
                 results.write_predictions(
                     member.out,
@@ -417,13 +423,22 @@ def piece(share: list[int], accumulate: int, number: int) -> list[int]:
     return share[number * size : (number + 1) * size]
 
 
-def summed_loss(logits: Tensor, labels: Tensor, backbone: Backbone) -> Tensor:
-    """Return the summed loss of a batch: cross-entropy over target tokens or classes, or squared error."""
-    if backbone.kind == "classification":
-        if labels.is_floating_point():
-            return torch.nn.functional.mse_loss(logits.float().squeeze(-1), labels, reduction="sum")
-        return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+@contextmanager
+def logits_where(backbone: Backbone, seen: Tensor) -> Iterator[None]:
+    """Let a language model compute logits (M, V) only where `seen` (B, L) of its last L positions is set (M times)."""
     if backbone.kind == "causal":
-        logits = logits[:, :-1]
-    seen = labels != IGNORED
-    return torch.nn.functional.cross_entropy(logits[seen].float(), labels[seen], reduction="sum")
+        # Its logits predict the next token, so the last position has no label.
+        seen = torch.nn.functional.pad(seen, (0, 1))
+    head = backbone.model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][seen], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the summed loss of (M, V) logits: cross-entropy, or squared error for numbers."""
+    if targets.is_floating_point():
+        return torch.nn.functional.mse_loss(logits.float().squeeze(-1), targets, reduction="sum")
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")

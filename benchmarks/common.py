@@ -1,0 +1,223 @@
+"""What all measurements share: options, threads, interleaved timing, ratios with their spread, the record, the table.
+
+Every figure is a ratio between sides that were timed in turns in one process, so that whatever else the machine does
+hits all of them; its spread is over the rounds, each of which gives one ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+THREADS = 2
+GEMM = 2048
+"""Rows, columns and depth of the large product that shows what the machine can do."""
+FIELDS = ("benchmark", "quick", "device", "threads", "machine", "versions", "skipped", "checks", "rows")
+"""What every record has."""
+
+Columns = Sequence[str]
+Cells = Sequence[Sequence[str]]
+Measure = Callable[[argparse.Namespace], dict[str, Any]]
+Table = Callable[[Mapping[str, Any]], tuple[Columns, Cells]]
+
+
+def run_script(
+    name: str,
+    text: str,
+    measure: Measure,
+    table: Table,
+    arguments: Sequence[str],
+    extra: Callable[[argparse.ArgumentParser], Any] = lambda parser: None,
+) -> dict[str, Any]:
+    """Parse, measure, print, write; return the record.
+
+    Args:
+        name: of the benchmark and of its file of results.
+        text: docstring of the script, for `--help`.
+        measure: returns `rows`, `checks` and `skipped` of the record, and what else it has to say.
+        table: makes columns and cells of a record.
+        arguments: of the command line.
+        extra: adds options of its own.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help=f"where the record goes (results/{name}.json; --quick: nowhere)")
+    parser.add_argument("--quick", action="store_true", help="tiny models, one round: whether it runs, not how fast")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--threads", type=int, help=f"of the CPU (default {THREADS}, --quick: 1)")
+    parser.add_argument("--rounds", type=int, help="turns of every side, beside one to warm up")
+    extra(parser)
+    options = parser.parse_args(arguments)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device; leave it out")
+    # Two threads on tiny products wait for each other more than they compute.
+    with threads(options.threads or (1 if options.quick else THREADS)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # from inside transformers and PEFT
+        about = header(name, options)
+        record = {**about, "skipped": {}, "checks": {}, **measure(options)}
+    target = options.json or (None if options.quick else RESULTS / f"{name}.json")
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(plain(*table(record)))
+    for what, reason in record["skipped"].items():
+        print(f"not measured: {what} ({reason})")
+    return record
+
+
+def header(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what is known before measuring. No names of hosts and no paths."""
+    return {
+        "benchmark": name,
+        "quick": options.quick,
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "machine": machine(options.device),
+        "versions": versions(),
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Return what the machine is, as far as speed goes."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else []
+    named = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = named.get("flags", named.get("Features", "")).split()
+    return {
+        "system": platform.system(),
+        "processor": named.get("model name", platform.machine()),
+        "cores": os.cpu_count(),
+        "vector_units": [flag for flag in flags if flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd")],
+        "accelerator": torch.cuda.get_device_name() if device.startswith("cuda") else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the releases that were measured."""
+    import peft
+    import transformers
+
+    import softprompts
+
+    modules = {"softprompts": softprompts, "peft": peft, "transformers": transformers, "torch": torch}
+    return {**{name: module.__version__ for name, module in modules.items()}, "python": platform.python_version()}
+
+
+def no_bf16(device: str) -> str | None:
+    """Return why bf16 is not measured, None if the device has units for it."""
+    from softprompts.backbone import fast_bf16
+
+    if device.startswith("cuda"):
+        return None if torch.cuda.is_bf16_supported(including_emulation=False) else "this GPU emulates it"
+    # `fast_bf16` answers for the accelerator where there is one.
+    native = not torch.cuda.is_available() and fast_bf16()
+    return None if native else "this CPU has neither avx512_bf16 nor amx_bf16 and would emulate it"
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Compute with that many threads inside the `with` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def finish(device: str) -> None:
+    """Wait until the device has done what it was told."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def interleaved(
+    sides: Mapping[str, Callable[[], Any]], rounds: int, device: str, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Return the seconds of every side in every round. The sides take turns, every second round backwards."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(-warmup, rounds):
+        names = list(sides) if number % 2 == 0 else list(sides)[::-1]
+        gc.collect()
+        for name in names:
+            finish(device)
+            begun = time.perf_counter()
+            sides[name]()
+            finish(device)
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return n, median, quartiles and extremes."""
+    ordered = sorted(values)
+    low, _, high = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
+    found = {"median": statistics.median(ordered), "q1": low, "q3": high, "min": ordered[0], "max": ordered[-1]}
+    return {"n": len(ordered), **{key: float(f"{value:.4g}") for key, value in found.items()}}
+
+
+def ratio(upper: Sequence[float], lower: Sequence[float]) -> dict[str, float]:
+    """Return the spread of the rounds' ratios."""
+    return spread([one / other for one, other in zip(upper, lower, strict=True)])
+
+
+def product(rows: int, depth: int, columns: int, device: str, dtype: torch.dtype = torch.float32) -> Callable[[], Any]:
+    """Return a matrix product to be timed, the last side of a comparison: the machine's own limit."""
+    left = torch.randn(rows, depth, device=device, dtype=dtype)
+    right = torch.randn(depth, columns, device=device, dtype=dtype)
+    return lambda: left @ right
+
+
+def rate(rows: int, depth: int, columns: int, seconds: Sequence[float]) -> list[float]:
+    """Return multiply-adds per second of a product, round by round."""
+    return [rows * depth * columns / second for second in seconds]
+
+
+def limit_share(work: int, rates: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
+    """Return which part of the time `work` multiply-adds take at the rates of the same rounds."""
+    return ratio([work / each for each in rates], seconds)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    """Return a generator on the CPU."""
+    return torch.Generator().manual_seed(seed)
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the largest difference, relative to the largest value."""
+    scale = float(other.detach().abs().max()) or 1.0
+    return float((one.detach() - other.detach()).abs().max()) / scale
+
+
+def figure(found: Mapping[str, float] | None, digits: int = 2, factor: float = 1.0) -> str:
+    """Write a median with its quartiles."""
+    if found is None:
+        return ""
+    median, low, high = (f"{found[key] * factor:.{digits}f}" for key in ("median", "q1", "q3"))
+    return f"{median} ({low}-{high})"
+
+
+def plain(columns: Columns, cells: Cells) -> str:
+    """Return a table for a terminal."""
+    rows = [list(columns), *(list(row) for row in cells)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def markdown(columns: Columns, cells: Cells) -> str:
+    """Return the same for a page."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(["---", *["--:"] * (len(columns) - 1)]) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)]) + "\n"

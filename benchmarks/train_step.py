@@ -1,0 +1,164 @@
+"""A training step of ACCEPT on T5-small's shape, against the reference code's way, PEFT's prompt tuning and the limit.
+
+    python benchmarks/train_step.py                  print the table, write results/train_step.json
+    python benchmarks/train_step.py --device cuda
+
+Sixteen rows, texts of 25, 70 and 200 tokens on average, targets of 2 tokens, random weights. Ours is the step of
+`softprompts train` on the batch of an epoch whose padded length is nearest to the mean; PEFT gets the same rows and
+the same padding, and 100 vectors, so that about as many numbers are trained; the reference way pads to 256 and 20.
+The limit is the multiply-adds of our step at the rates that two matrix products reach in the same rounds.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from common import GEMM, difference, figure, interleaved, limit_share, no_bf16, product, rate, ratio, run_script, spread
+from models import QUICK_METHOD, T5_SMALL, TINY_T5, Loop, build, text_lengths, texts, typical_batch
+from peers import SOURCE, TARGET, Peft, Reference
+from work import t5_step
+
+from softprompts import AcceptConfig
+from softprompts.core import MethodConfig
+
+BATCH, ROWS, ROUNDS, ANSWER = 16, 1024, 6, 2
+MEANS = (25, 70, 200)
+PROMPT, BUDGET = 40, 100
+"""The authors' sizes for T5-small: 40 vectors from codebooks, the budget of 100 free ones."""
+
+
+def plan(quick: bool) -> dict[str, Any]:
+    """Return sizes, full or tiny."""
+    if quick:
+        method: MethodConfig = AcceptConfig(offset_positions=24, **QUICK_METHOD)
+        return {"model": TINY_T5, "method": method, "batch": 3, "rows": 24, "means": (6, 12), "rounds": 1,
+                "source": 24, "target": 5, "vectors": 8, "gemm": 64}  # fmt: skip
+    method = AcceptConfig(prompt_length=PROMPT, budget_tokens=BUDGET, offset_positions=SOURCE)
+    return {"model": T5_SMALL, "method": method, "batch": BATCH, "rows": ROWS, "means": MEANS, "rounds": ROUNDS,
+            "source": SOURCE, "target": TARGET, "vectors": BUDGET, "gemm": GEMM}  # fmt: skip
+
+
+def agreement(loop: Loop, reference: Reference) -> dict[str, float]:
+    """Return how far loss and gradients of both ways are apart on one batch, before any step."""
+    loop.model.eval()
+    reference.model.eval()
+    rows = loop.members[0].splits["train"].pick(loop.members[0].chosen)
+    ours, theirs = loop.losses()[0], reference.loss(rows)
+    ours.backward()
+    theirs.backward()
+    method = loop.model.prompt_adapter.method()
+    pairs = [
+        (getattr(getattr(method, part).codebook, tensor), getattr(getattr(reference, part), tensor))
+        for part in ("prompt", "offset")
+        for tensor in ("weights", "codebooks")
+    ]
+    apart = max(difference(mine.grad, other.grad) for mine, other in pairs)
+    for parameter in (p for pair in pairs for p in pair):
+        parameter.grad = None
+    return {"loss": difference(ours, theirs), "gradients": apart}
+
+
+def measure(options: Namespace) -> dict[str, Any]:
+    """Time every side at every mean length, in every precision that the device has."""
+    size = plan(options.quick)
+    size["rounds"] = options.rounds or size["rounds"]
+    reason = no_bf16(options.device)
+    dtypes = {"fp32": torch.float32} | ({} if reason else {"bf16": torch.bfloat16})
+    rows: list[dict[str, Any]] = []
+    checks: dict[str, Any] = {}
+    for name, dtype in dtypes.items():
+        found, apart = one_precision(size, options.device, dtype)
+        rows += [{"dtype": name, **row} for row in found]
+        checks[name] = apart
+    return {"rows": rows, "checks": checks, "skipped": {"bf16": reason} if reason else {}}
+
+
+def one_precision(size: Mapping[str, Any], device: str, dtype: torch.dtype) -> tuple[list[dict[str, Any]], Any]:
+    """Return a row per mean length, and how far the reference way is apart from ours in numbers."""
+    config, batch, vectors = size["model"], size["batch"], size["vectors"]
+    frozen = build(config, device, dtype)
+    loops, means = {}, {}
+    for mean in size["means"]:
+        lengths = text_lengths(size["rows"], mean, size["source"])
+        chosen, means[mean] = typical_batch(lengths, batch)
+        loops[mean] = Loop(
+            build(config, device, dtype), [size["method"]], texts(lengths, ANSWER, config.vocab_size), [chosen], device
+        )
+    middle = loops[size["means"][len(size["means"]) // 2]]
+    reference = Reference(copy.deepcopy(frozen), middle.model, size["source"], size["target"])
+    peft = Peft(frozen, vectors)
+    apart = agreement(middle, reference)
+    batches = {mean: loop.members[0].splits["train"].pick(loop.members[0].chosen) for mean, loop in loops.items()}
+    longest = {mean: max(map(len, each.sources)) for mean, each in batches.items()}
+    prompt = size["method"].prompt_length
+    shape = (batch * (prompt + longest[size["means"][-1]]), config.d_model, config.d_ff)
+    # The reference way takes as long for any text: one measurement serves all lengths.
+    sides = {"reference": lambda: reference.step(batches[size["means"][0]])}
+    for mean in size["means"]:
+        sides[f"ours {mean}"] = loops[mean].step
+        sides[f"peft {mean}"] = partial(peft.step, batches[mean])
+    sides["big"] = product(size["gemm"], size["gemm"], size["gemm"], device, dtype)
+    sides["own"] = product(*shape, device, dtype)
+    seconds = interleaved(sides, size["rounds"], device)
+    big: tuple[int, int, int] = (size["gemm"],) * 3
+    rates = {"big": rate(*big, seconds["big"]), "own": rate(*shape, seconds["own"])}
+    full = t5_step(config, batch, prompt + size["source"], size["target"])
+    rows = []
+    for mean in size["means"]:
+        ours, work = seconds[f"ours {mean}"], t5_step(config, batch, prompt + longest[mean], ANSWER)
+        rows.append(
+            {
+                "text_tokens": mean,
+                "padded_to": longest[mean],
+                "mean_padded": round(means[mean], 1),
+                "trained": {"ours": size["method"].num_trainable(config.d_model), "peft": vectors * config.d_model},
+                "seconds": spread(ours),
+                "peft_seconds": spread(seconds[f"peft {mean}"]),
+                "reference_seconds": spread(seconds["reference"]),
+                "faster_than_reference": ratio(seconds["reference"], ours),
+                "faster_than_peft": ratio(seconds[f"peft {mean}"], ours),
+                "multiply_adds": work,
+                "reference_multiply_adds": full,
+                "peft_multiply_adds": t5_step(config, batch, vectors + longest[mean], ANSWER),
+                "share_of_limit": limit_share(work, rates["big"], ours),
+                "share_of_own_limit": limit_share(work, rates["own"], ours),
+                "gigamacs_per_second": {key: spread([each / 1e9 for each in found]) for key, found in rates.items()},
+            }
+        )
+    return rows, apart
+
+
+def table(record: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
+    """Return columns and cells."""
+    columns = ("texts of", "padded to", "ms a step", "reference way takes", "of it by arithmetic", "PEFT takes",
+               "by arithmetic", "limit: share of our time", "limit at our shapes")  # fmt: skip
+    cells = [
+        [
+            f"{row['text_tokens']} tokens, {row['dtype']}",
+            str(row["padded_to"]),
+            figure(row["seconds"], 0, 1000),
+            figure(row["faster_than_reference"]) + " x",
+            f"{row['reference_multiply_adds'] / row['multiply_adds']:.2f} x",
+            figure(row["faster_than_peft"]) + " x",
+            f"{row['peft_multiply_adds'] / row['multiply_adds']:.2f} x",
+            figure(row["share_of_limit"], 0, 100) + " %",
+            figure(row["share_of_own_limit"], 0, 100) + " %",
+        ]
+        for row in record["rows"]
+    ]
+    return columns, cells
+
+
+def main(arguments: Sequence[str]) -> dict[str, Any]:
+    """Measure, print and write; return the record."""
+    return run_script("train_step", __doc__, measure, table, arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
