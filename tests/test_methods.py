@@ -94,7 +94,7 @@ def test_saved_and_loaded_gives_the_same(model: str, method: str, tmp_path: Path
         scatter(other.get_submodule(head))
     load_adapter(other, tmp_path / "a", "elsewhere")
     assert torch.equal(forward(other, ids), before)
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["README.md", CONFIG_FILE, WEIGHTS_FILE]
 
 
 def test_saved_files_have_the_peft_layout(tmp_path: Path) -> None:

@@ -212,6 +212,19 @@ def test_each_adapter_has_its_own_head() -> None:
     assert torch.equal(forward(network, ids), second), "the rows' heads stay for the next batch"
 
 
+def test_heads_come_back_after_native_disable_and_enable() -> None:
+    network, ids = build("bert-sequence"), text()
+    bare = forward(network, ids)
+    network.add_adapter(SoftPromptConfig(config_of("accept")))
+    scatter(network.prompt_adapter)
+    scatter(network.classifier.modules_to_save["default"])
+    expected = forward(network.eval(), ids)
+    network.disable_adapters()
+    assert_close(forward(network, ids), bare, atol=1e-6, rtol=0)
+    network.enable_adapters()
+    assert torch.equal(forward(network, ids), expected)
+
+
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
 def test_a_head_trains_in_fp32_on_a_bf16_backbone(task_type: str | None, tmp_path: Path) -> None:
     network = build("bert-sequence").to(torch.bfloat16)

@@ -85,9 +85,10 @@ class PositionOffset(Offset):
     ) -> Float[Tensor, "T D"] | Float[Tensor, "B T D"]:
         if at is None:
             length = embeds.shape[1]
-            table = self.table(min(length, self.positions))
+            if length <= self.positions:
+                return self.table(length)
             # Slots past the table can only be padding here (`attach` has checked), so they get nothing.
-            return table if length <= self.positions else nn.functional.pad(table, (0, 0, 0, length - self.positions))
+            return nn.functional.pad(self.table(self.positions), (0, 0, 0, length - self.positions))
         inside = (at < self.positions).unsqueeze(-1)
         return self.table(self.positions)[at.clamp(max=self.positions - 1)] * inside
 

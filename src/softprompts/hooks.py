@@ -32,7 +32,7 @@ class Hooks:
     """The hooks of one model; `choose` says which adapters the rows of a batch use, None for none."""
 
     def __init__(self, model: Any, embedding: nn.Module, choose: Callable[[int], Selection | None]) -> None:
-        self._model = model
+        self.model = model
         self._embedding = embedding
         self._choose = choose
         self._handles: list[Any] = []
@@ -52,7 +52,7 @@ class Hooks:
 
     def register(self) -> None:
         """Hook the model."""
-        model = self._model
+        model = self.model
         if is_encoder_decoder(model):
             self._hook(model.get_encoder(), self._before_encoder)
             self._hook(model.get_decoder(), self._before_cross_attention)
@@ -68,7 +68,7 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._model.__dict__.pop("generate", None)
+        self.model.__dict__.pop("generate", None)
 
     def watch(self, head: nn.Module) -> None:
         """Give a head that is kept in fp32 its own dtype on a backbone of lower precision."""
@@ -204,7 +204,7 @@ class Hooks:
         Raises:
             UsageError: an option that would look at the prompt as if it were text.
         """
-        model = self._model
+        model = self.model
         plain = type(model).generate
         if inputs is not None:
             kwargs["input_ids"] = inputs

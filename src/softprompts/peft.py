@@ -163,6 +163,10 @@ class PromptLayer(PromptAdapters, BaseTunerLayer):
         self.enabled = enabled
         if enabled:
             self.activate(self.active)
+            # transformers' own enable_adapters switches saved heads off with the others, but not on again.
+            for module in self.hooks.model.modules():
+                if isinstance(module, ModulesToSaveWrapper) and module.disable_adapters:
+                    module.enable_adapters(True)
         else:
             self.softprompt_methods.requires_grad_(False)
 

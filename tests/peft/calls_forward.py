@@ -47,6 +47,8 @@ def check_trainable(case: Case, folder: Path) -> None:
         for (name, _), slope in pairs:
             rows = slope.reshape(len(slope), -1).abs().sum(1)
             alive[name] = rows + alive.get(name, torch.zeros_like(rows))
+        if all(rows.all() for rows in alive.values()):
+            break
     for name, rows in alive.items():
         dead = int((rows == 0).sum())
         assert not dead, f"{dead} of {len(rows)} rows of {name.split('.')[0]} get no gradient"
@@ -63,7 +65,7 @@ def check_forward(case: Case, folder: Path) -> None:
     logits = run(case, network, ids, mask)
     for row in range(len(ids)):
         expected = defined(case, network, text_of(ids, mask, row))
-        near(text_logits(case, logits, mask, row), expected, f"row with {row} pads")
+        near(text_logits(case, logits, mask, row), expected, f"row padded by {row}")
     if case.task != "SEQ_CLS":
         far(logits, run(case, case.base(), ids, mask), "against the model without a prompt")
 
@@ -188,7 +190,7 @@ def check_head(case: Case, folder: Path) -> None:
     logits = run(case, network, ids, mask)
     for row in range(len(ids)):
         expected = defined(case, network, text_of(ids, mask, row))
-        near(text_logits(case, logits, mask, row), expected, f"logits of the row with {row} pads")
+        near(text_logits(case, logits, mask, row), expected, f"logits of the row padded by {row}")
     out = network(**inputs)
     near(out.loss, head_loss(case, out, inputs), "loss against the loss of the logits by hand")
     out.loss.backward()

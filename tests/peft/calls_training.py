@@ -166,7 +166,7 @@ def check_columns(case: Case, folder: Path) -> None:
 
 
 @call(
-    "Trainer, label smoothing", "loss = smoothed by hand on the next tokens (not T5: there plain transformers fails too)",
+    "Trainer, label smoothing", "loss = smoothed by hand on the next tokens (plain T5 fails, without PEFT too)",
     archs=("llama",),
 )  # fmt: skip
 def check_smoothing(case: Case, folder: Path) -> None:

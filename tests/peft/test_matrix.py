@@ -14,18 +14,26 @@ from softprompts import peft as ours
 
 PARTS = ("prompt_tuning", "adept", "accept")
 KINDS = "a prompt alone, an offset of the token, an offset of the position"
-COMBINED = ("accept", "accept+adept")
-REDUCED: dict[str, tuple[tuple[str, ...], str]] = {
-    "AutoPeftModelFor...": (COMBINED, "finding the base model does not depend on the method"),
-    "from_pretrained(adapter folder)": (COMBINED, "the same"),
-    "push_to_hub": (COMBINED, "the files are those of the row 'save, load'"),
+STARTED = tuple(name for name in tiny.NAMES if name != "spot")
+ONE_COMBINED = ("prompt_tuning", "dept", "adept", "accept", "accept+adept")
+
+FILES: dict[str, tuple[tuple[str, ...], str]] = {
+    "calls_forward": (tiny.NAMES, "all"),
+    "calls_generate": (STARTED, "spot is prompt_tuning once it has started"),
+    "calls_files": (tiny.NAMES, "all"),
+    "calls_adapters": (ONE_COMBINED, "the same, and one combination stands for all: adapters are told apart by name"),
+    "calls_training": (PARTS, KINDS),
+}
+"""The methods that the rows of a file run for, and why these."""
+
+ROWS: dict[str, tuple[tuple[str, ...], str]] = {
+    "AutoPeftModelFor...": (("accept", "accept+adept"), "finding the base model does not depend on the method"),
+    "from_pretrained(adapter folder)": (("accept", "accept+adept"), "the same"),
+    "push_to_hub": (("accept", "accept+adept"), "the files are those of the row 'save, load'"),
     "prompt on a LoRA PeftModel": (PARTS, KINDS),
     "prompt injected into a LoRA PeftModel": (PARTS, KINDS),
     "LoRA and prompt natively": (PARTS, KINDS),
-    "Trainer, training": (PARTS, KINDS),
     "Trainer, reported loss": (("accept",), "the loss is the model's"),
-    "Trainer, evaluate and predict": (PARTS, KINDS),
-    "Trainer, best model": (PARTS, KINDS),
     "Trainer, resume": (("adept", "accept"), "both kinds of offset, each with a prompt"),
     "Trainer, remove_unused_columns": (("accept",), "the columns depend on the model's class alone"),
     "torch.compile": (("accept",), "five seconds each; accept has both parts"),
@@ -33,14 +41,15 @@ REDUCED: dict[str, tuple[tuple[str, ...], str]] = {
     "two processes (DDP)": (("accept",), "seconds each; gradients are averaged by parameter, whatever it means"),
     "two processes, inactive adapter": (("accept",), "the inactive one is adept"),
 }
-"""Slow rows that run for some methods only, and why these."""
+"""Slow rows that run for fewer, and why these."""
 
-PAIRS = [
-    (name, method, arch)
-    for name, row in CALLS.items()
-    for method in REDUCED.get(name, (tiny.NAMES, ""))[0]
-    for arch in row.archs
-]
+
+def methods_of(name: str) -> tuple[str, ...]:
+    """Return the methods that a row runs for."""
+    return (ROWS.get(name) or FILES[CALLS[name].check.__module__])[0]
+
+
+PAIRS = [(name, method, arch) for name, row in CALLS.items() for method in methods_of(name) for arch in row.archs]
 HERE = [pair for pair in PAIRS if not CALLS[pair[0]].processes]
 DOCS = Path(__file__).parents[2] / "docs" / "peft.md"
 
@@ -71,8 +80,9 @@ def test_the_page_lists_the_same_calls() -> None:
     assert rows == list(CALLS), "run python benchmarks/peft_calls.py --docs"
 
 
-def test_reduced_rows_exist() -> None:
-    assert set(REDUCED) <= set(CALLS)
+def test_every_method_and_row_is_run() -> None:
+    assert {method for _, method, _ in PAIRS} == set(tiny.NAMES)
+    assert {name for name, _, _ in PAIRS} == set(CALLS) >= set(ROWS)
 
 
 def broken(*arguments: Any, **more: Any) -> None:
