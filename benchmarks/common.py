@@ -25,7 +25,11 @@ RESULTS = Path(__file__).parent / "results"
 THREADS = 2
 GEMM = 2048
 """Rows, columns and depth of the large product that shows what the machine can do."""
-FIELDS = ("benchmark", "quick", "device", "threads", "machine", "versions", "skipped", "checks", "rows")
+QUIET = 0.05
+"""Part of the processors that other processes may take before it is said."""
+PRODUCTS = 4
+"""Products of one turn: a single one is over too soon to be timed well."""
+FIELDS = ("benchmark", "quick", "device", "threads", "machine", "versions", "others_share", "skipped", "checks", "rows")
 """What every record has."""
 
 Columns = Sequence[str]
@@ -66,7 +70,9 @@ def run_script(
     with threads(options.threads or (1 if options.quick else THREADS)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # from inside transformers and PEFT
         about = header(name, options)
-        record = {**about, "skipped": {}, "checks": {}, **measure(options)}
+        before = processor_seconds()
+        found = measure(options)
+        record = {**about, "others_share": others_share(before), "skipped": {}, "checks": {}, **found}
     target = options.json or (None if options.quick else RESULTS / f"{name}.json")
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +80,8 @@ def run_script(
     print(plain(*table(record)))
     for what, reason in record["skipped"].items():
         print(f"not measured: {what} ({reason})")
+    if (record["others_share"] or 0.0) > QUIET:
+        print(f"the machine was not quiet: other processes took {record['others_share']:.0%} of it")
     return record
 
 
@@ -113,6 +121,30 @@ def versions() -> dict[str, str]:
 
     modules = {"softprompts": softprompts, "peft": peft, "transformers": transformers, "torch": torch}
     return {**{name: module.__version__ for name, module in modules.items()}, "python": platform.python_version()}
+
+
+def processor_seconds() -> tuple[float, float, float] | None:
+    """Return seconds so far: all processors in all, those in use or taken away, those used here. None if unknown."""
+    place = Path("/proc/stat")
+    if not place.exists():
+        return None
+    # user, nice, system, idle, iowait, irq, softirq, steal
+    ticks = [int(tick) for tick in place.read_text(encoding="ascii").splitlines()[0].split()[1:9]]
+    own = os.times()
+    return (
+        sum(ticks) / os.sysconf("SC_CLK_TCK"),
+        (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK"),
+        own.user + own.system + own.children_user + own.children_system,
+    )
+
+
+def others_share(before: tuple[float, float, float] | None) -> float | None:
+    """Return which part of the processors other processes took since `before`, None if unknown."""
+    after = processor_seconds()
+    if before is None or after is None or after[0] <= before[0]:
+        return None
+    whole, used, own = (now - then for now, then in zip(after, before, strict=True))
+    return round(max(used - own, 0.0) / whole, 3)
 
 
 def no_bf16(device: str) -> str | None:
@@ -175,15 +207,20 @@ def ratio(upper: Sequence[float], lower: Sequence[float]) -> dict[str, float]:
 
 
 def product(rows: int, depth: int, columns: int, device: str, dtype: torch.dtype = torch.float32) -> Callable[[], Any]:
-    """Return a matrix product to be timed, the last side of a comparison: the machine's own limit."""
+    """Return `PRODUCTS` matrix products to be timed, the last side of a comparison: the machine's own limit."""
     left = torch.randn(rows, depth, device=device, dtype=dtype)
     right = torch.randn(depth, columns, device=device, dtype=dtype)
-    return lambda: left @ right
+
+    def multiply() -> None:
+        for _ in range(PRODUCTS):
+            left @ right
+
+    return multiply
 
 
 def rate(rows: int, depth: int, columns: int, seconds: Sequence[float]) -> list[float]:
-    """Return multiply-adds per second of a product, round by round."""
-    return [rows * depth * columns / second for second in seconds]
+    """Return multiply-adds per second of `product`, round by round."""
+    return [PRODUCTS * rows * depth * columns / second for second in seconds]
 
 
 def limit_share(work: int, rates: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:

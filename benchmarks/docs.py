@@ -38,6 +38,8 @@ def block(name: str) -> str:
         return "Not measured.\n"
     text = markdown(*importlib.import_module(name).table(record))
     notes = [f"Not measured: {what} ({reason})." for what, reason in record["skipped"].items()]
+    if record["others_share"] is not None:
+        notes.append(f"Other processes took {record['others_share']:.0%} of the machine meanwhile.")
     notes += [f"Same numbers on both sides: {said(record['checks'])}."] if record["checks"] else []
     return "\n".join([text, *(f"{note}\n" for note in notes)])
 
@@ -47,7 +49,7 @@ def said(checks: dict[str, Any]) -> str:
     parts = []
     for key, value in checks.items():
         if isinstance(value, dict):
-            parts.append(f"{key}: {said(value)}")
+            parts.append(f"{key} ({said(value)})")
         else:
             parts.append(SAID[key].format(value))
     return ", ".join(part for part in parts if part)

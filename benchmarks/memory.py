@@ -28,7 +28,7 @@ from train_step import ANSWER, plan
 
 MIB = 2**20
 SIDES = ("ours", "reference", "peft")
-ROUNDS = 3
+ROUNDS = 2
 MEAN = 70
 
 

@@ -24,7 +24,7 @@ from softprompts.attach import adapters_of
 from softprompts.core import MethodConfig
 from softprompts.data import Rows, epoch_batches
 
-BATCH, ROWS, MEAN, ROUNDS, ANSWER = 16, 1024, 70, 6, 2
+BATCH, ROWS, MEAN, ROUNDS, ANSWER = 16, 1024, 70, 5, 2
 MEMBERS = (1, 2, 4, 8)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from work import t5_step
 from softprompts import AcceptConfig
 from softprompts.core import MethodConfig
 
-BATCH, ROWS, ROUNDS, ANSWER = 16, 1024, 6, 2
+BATCH, ROWS, ROUNDS, ANSWER = 16, 1024, 5, 2
 MEANS = (25, 70, 200)
 PROMPT, BUDGET = 40, 100
 """The authors' sizes for T5-small: 40 vectors from codebooks, the budget of 100 free ones."""
@@ -81,78 +81,100 @@ def measure(options: Namespace) -> dict[str, Any]:
 
 def one_precision(size: Mapping[str, Any], device: str, dtype: torch.dtype) -> tuple[list[dict[str, Any]], Any]:
     """Return a row per mean length, and how far the reference way is apart from ours in numbers."""
-    config, batch, vectors = size["model"], size["batch"], size["vectors"]
-    frozen = build(config, device, dtype)
-    loops, means = {}, {}
-    for mean in size["means"]:
-        lengths = text_lengths(size["rows"], mean, size["source"])
-        chosen, means[mean] = typical_batch(lengths, batch)
-        loops[mean] = Loop(
-            build(config, device, dtype), [size["method"]], texts(lengths, ANSWER, config.vocab_size), [chosen], device
-        )
-    middle = loops[size["means"][len(size["means"]) // 2]]
-    reference = Reference(copy.deepcopy(frozen), middle.model, size["source"], size["target"])
-    peft = Peft(frozen, vectors)
-    apart = agreement(middle, reference)
+    config, means = size["model"], size["means"]
+    middle = means[len(means) // 2]
+    loops = {mean: loop_of(size, mean, device, dtype) for mean in means}
+    still = loop_of(size, middle, device, dtype, dropout=0.0)
+    reference = Reference(build(config, device, dtype), loops[middle].model, size["source"], size["target"])
+    peft = Peft(build(config, device, dtype), size["vectors"])
+    apart = agreement(loops[middle], reference)
     batches = {mean: loop.members[0].splits["train"].pick(loop.members[0].chosen) for mean, loop in loops.items()}
-    longest = {mean: max(map(len, each.sources)) for mean, each in batches.items()}
-    prompt = size["method"].prompt_length
-    shape = (batch * (prompt + longest[size["means"][-1]]), config.d_model, config.d_ff)
+    padded = {mean: max(map(len, each.sources)) for mean, each in batches.items()}
+    own = (size["batch"] * (size["method"].prompt_length + padded[middle]), config.d_model, config.d_ff)
+    big: tuple[int, int, int] = (size["gemm"],) * 3
     # The reference way takes as long for any text: one measurement serves all lengths.
-    sides = {"reference": lambda: reference.step(batches[size["means"][0]])}
-    for mean in size["means"]:
+    sides: dict[str, Callable[[], Any]] = {"reference": partial(reference.step, batches[middle]), "still": still.step}
+    for mean in means:
         sides[f"ours {mean}"] = loops[mean].step
         sides[f"peft {mean}"] = partial(peft.step, batches[mean])
-    sides["big"] = product(size["gemm"], size["gemm"], size["gemm"], device, dtype)
-    sides["own"] = product(*shape, device, dtype)
+    sides |= {"big": product(*big, device, dtype), "own": product(*own, device, dtype)}
     seconds = interleaved(sides, size["rounds"], device)
-    big: tuple[int, int, int] = (size["gemm"],) * 3
-    rates = {"big": rate(*big, seconds["big"]), "own": rate(*shape, seconds["own"])}
-    full = t5_step(config, batch, prompt + size["source"], size["target"])
-    rows = []
-    for mean in size["means"]:
-        ours, work = seconds[f"ours {mean}"], t5_step(config, batch, prompt + longest[mean], ANSWER)
-        rows.append(
-            {
-                "text_tokens": mean,
-                "padded_to": longest[mean],
-                "mean_padded": round(means[mean], 1),
-                "trained": {"ours": size["method"].num_trainable(config.d_model), "peft": vectors * config.d_model},
-                "seconds": spread(ours),
-                "peft_seconds": spread(seconds[f"peft {mean}"]),
-                "reference_seconds": spread(seconds["reference"]),
-                "faster_than_reference": ratio(seconds["reference"], ours),
-                "faster_than_peft": ratio(seconds[f"peft {mean}"], ours),
-                "multiply_adds": work,
-                "reference_multiply_adds": full,
-                "peft_multiply_adds": t5_step(config, batch, vectors + longest[mean], ANSWER),
-                "share_of_limit": limit_share(work, rates["big"], ours),
-                "share_of_own_limit": limit_share(work, rates["own"], ours),
-                "gigamacs_per_second": {key: spread([each / 1e9 for each in found]) for key, found in rates.items()},
-            }
-        )
+    rates = {"big": rate(*big, seconds["big"]), "own": rate(*own, seconds["own"])}
+    rows = [row_of(size, mean, padded[mean], seconds, rates) for mean in means]
+    work = rows[means.index(middle)]["multiply_adds"]
+    rows[means.index(middle)]["without_dropout"] = of_limit(work, seconds["still"], rates)
     return rows, apart
+
+
+def loop_of(size: Mapping[str, Any], mean: int, device: str, dtype: torch.dtype, dropout: float | None = None) -> Loop:
+    """Return the training loop on the typical batch of texts of a mean length."""
+    config = copy.deepcopy(size["model"])
+    if dropout is not None:
+        config.dropout_rate = dropout
+    lengths = text_lengths(size["rows"], mean, size["source"])
+    chosen = typical_batch(lengths, size["batch"])[0]
+    rows = texts(lengths, ANSWER, config.vocab_size)
+    return Loop(build(config, device, dtype), [size["method"]], rows, [chosen], device)
+
+
+def row_of(
+    size: Mapping[str, Any],
+    mean: int,
+    padded: int,
+    seconds: Mapping[str, Sequence[float]],
+    rates: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    """Return all figures of texts of a mean length, padded to `padded`."""
+    config, batch, prompt, vectors = size["model"], size["batch"], size["method"].prompt_length, size["vectors"]
+    ours, work = seconds[f"ours {mean}"], t5_step(config, batch, prompt + padded, ANSWER)
+    return {
+        "text_tokens": mean,
+        "padded_to": padded,
+        "trained": {"ours": size["method"].num_trainable(config.d_model), "peft": vectors * config.d_model},
+        "peft_seconds": spread(seconds[f"peft {mean}"]),
+        "reference_seconds": spread(seconds["reference"]),
+        "faster_than_reference": ratio(seconds["reference"], ours),
+        "faster_than_peft": ratio(seconds[f"peft {mean}"], ours),
+        "multiply_adds": work,
+        "reference_multiply_adds": t5_step(config, batch, prompt + size["source"], size["target"]),
+        "peft_multiply_adds": t5_step(config, batch, vectors + padded, ANSWER),
+        "gigamacs_per_second": {key: spread([each / 1e9 for each in found]) for key, found in rates.items()},
+        **of_limit(work, ours, rates),
+    }
+
+
+def of_limit(work: int, seconds: Sequence[float], rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Return the time of a step, and which share of it the bare arithmetic would take."""
+    return {
+        "seconds": spread(seconds),
+        "share_of_limit": limit_share(work, rates["big"], seconds),
+        "share_of_own_limit": limit_share(work, rates["own"], seconds),
+    }
 
 
 def table(record: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
     """Return columns and cells."""
     columns = ("texts of", "padded to", "ms a step", "reference way takes", "of it by arithmetic", "PEFT takes",
                "by arithmetic", "limit: share of our time", "limit at our shapes")  # fmt: skip
-    cells = [
-        [
-            f"{row['text_tokens']} tokens, {row['dtype']}",
-            str(row["padded_to"]),
-            figure(row["seconds"], 0, 1000),
+    cells = []
+    for row in record["rows"]:
+        name = f"{row['text_tokens']} tokens, {row['dtype']}"
+        faster = [
             figure(row["faster_than_reference"]) + " x",
             f"{row['reference_multiply_adds'] / row['multiply_adds']:.2f} x",
             figure(row["faster_than_peft"]) + " x",
             f"{row['peft_multiply_adds'] / row['multiply_adds']:.2f} x",
-            figure(row["share_of_limit"], 0, 100) + " %",
-            figure(row["share_of_own_limit"], 0, 100) + " %",
         ]
-        for row in record["rows"]
-    ]
+        cells.append([name, str(row["padded_to"]), figure(row["seconds"], 0, 1000), *faster, *shares(row)])
+        if still := row.get("without_dropout"):
+            figures = [figure(still["seconds"], 0, 1000), "", "", "", "", *shares(still)]
+            cells.append([f"{name}, no dropout", str(row["padded_to"]), *figures])
     return columns, cells
+
+
+def shares(found: Mapping[str, Any]) -> list[str]:
+    """Write the shares of both limits."""
+    return [figure(found[key], 0, 100) + " %" for key in ("share_of_limit", "share_of_own_limit")]
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:

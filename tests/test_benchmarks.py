@@ -158,6 +158,13 @@ def test_the_sides_take_turns(load: Any) -> None:
     }
 
 
+def test_what_others_take_of_the_machine(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = load("common")
+    monkeypatch.setattr(common, "processor_seconds", lambda: (30.0, 18.0, 9.0))
+    assert common.others_share((10.0, 4.0, 2.0)) == 0.35, "14 in use, 7 of them ours, of 20"
+    assert common.others_share(None) is None
+
+
 def test_lines(load: Any) -> None:
     line = load("scaling").line
     assert line([1, 2, 4], [3.0, 5.0, 9.0]) == {

@@ -65,6 +65,8 @@ class ModelSettings(Settings):
     """Precision of the backbone; the prompt stays fp32. auto = bf16 where the hardware has it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the training step with torch.compile, once for all batch shapes: for long runs, one at a time."""
 
 
 class TrainSettings(Settings):

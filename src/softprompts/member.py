@@ -231,7 +231,9 @@ def make_optimizer(backbone: Backbone, name: str, plan: TrainSettings) -> torch.
     head = [p for module in adapters.heads for p in backbone.model.get_submodule(module).parameters()]
     if head:
         groups.append({"params": head, "peak": plan.head_rate, "name": "head"})
-    return torch.optim.AdamW(groups, lr=0.0, eps=EPSILON, weight_decay=plan.weight_decay)
+    # One kernel for all tensors where there is one; elsewhere torch's own choice.
+    fused = True if backbone.model.device.type == "cuda" else None
+    return torch.optim.AdamW(groups, lr=0.0, eps=EPSILON, weight_decay=plan.weight_decay, fused=fused)
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:

@@ -57,6 +57,8 @@ def check_fit(settings: Sequence[RunSettings]) -> None:
         UsageError: they differ in something that decides how the backbone is run.
     """
     first = shared_part(settings[0])
+    if len(settings) > 1 and settings[0].model.compile:
+        raise UsageError("model.compile=true trains one prompt at a time; leave it out, or train one after the other")
     for other in settings[1:]:
         theirs = shared_part(other)
         if key := next((key for key in first if first[key] != theirs[key]), None):
@@ -68,7 +70,7 @@ def check_fit(settings: Sequence[RunSettings]) -> None:
 
 def fits(one: RunSettings, other: RunSettings) -> bool:
     """Whether two runs may share a backbone."""
-    return shared_part(one) == shared_part(other)
+    return shared_part(one) == shared_part(other) and not one.model.compile
 
 
 def shared_part(settings: RunSettings) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from softprompts import results
 from softprompts.attach import adapters_of, attach, disabled, using
-from softprompts.backbone import Backbone, default_device, load_backbone
+from softprompts.backbone import default_device, load_backbone
 from softprompts.checkpoint import write_tensors
 from softprompts.config import RunSettings
 from softprompts.data import IGNORED, Rows, load_data, make_encoder, num_labels, truncation_notes
 from softprompts.errors import SoftPromptsError, UsageError
 from softprompts.evaluate import Evaluation, evaluate, majority, scored_rows, to_device
+from softprompts.loss import LabelledOnly, summed_loss
 from softprompts.member import Member
 from softprompts.population import Halving, check_fit
 
@@ -209,6 +210,10 @@ class Run:
             for parameter in member.parameters.values():
                 parameter.requires_grad_(True)
         self.model = accelerator.prepare(self.backbone.model)
+        self.labelled = LabelledOnly(self.backbone)
+        # Dynamic shapes: lengths change with every batch, and one graph must do for all of them.
+        compiles = members[0].settings.model.compile
+        self.forward = torch.compile(self.model, dynamic=True) if compiles else self.model
 
     @property
     def main(self) -> bool:
@@ -283,11 +288,15 @@ class Run:
         inputs, labels = to_device(inputs, self.backbone.model), labels.to(self.accelerator.device)
         names = [member.name for member, part in zip(training, parts, strict=True) for _ in part]
         seen = None if self.backbone.kind == "classification" else labels != IGNORED
+        # A compiled model would be compiled anew for each number of labels.
+        compiled = self.forward is not self.model
         with (
             nullcontext() if len(self.members) == 1 else using(self.backbone.model, names),
-            nullcontext() if seen is None else logits_where(self.backbone, seen),
+            nullcontext() if seen is None or compiled else self.labelled.at(seen),
         ):
-            logits = self.model(**inputs).logits
+            logits = self.forward(**inputs).logits
+        if compiled and seen is not None:
+            logits = logits[:, : seen.shape[1]][seen]
         # One logit per row of a head, per target token of a language model.
         of_rows = torch.ones(len(rows), dtype=torch.long) if seen is None else seen.sum(1)
         targets = labels if seen is None else labels[seen]
@@ -421,24 +430,3 @@ def piece(share: list[int], accumulate: int, number: int) -> list[int]:
     """Return the rows of one of the pieces that a share of a batch is cut into; later pieces may be empty."""
     size = -(-len(share) // accumulate)
     return share[number * size : (number + 1) * size]
-
-
-@contextmanager
-def logits_where(backbone: Backbone, seen: Tensor) -> Iterator[None]:
-    """Let a language model compute logits (M, V) only where `seen` (B, L) of its last L positions is set (M times)."""
-    if backbone.kind == "causal":
-        # Its logits predict the next token, so the last position has no label.
-        seen = torch.nn.functional.pad(seen, (0, 1))
-    head = backbone.model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][seen], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the summed loss of (M, V) logits: cross-entropy, or squared error for numbers."""
-    if targets.is_floating_point():
-        return torch.nn.functional.mse_loss(logits.float().squeeze(-1), targets, reduction="sum")
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")

@@ -16,8 +16,9 @@ SURFACE = {
     | DATA
     | {
         "--protocol", "--shots", "--method", "--prompt-from", "--offset-from", "--seed", "--seeds", "-s", "--out",
-        "--resume", "--overwrite",
+        "--search", "--resume", "--overwrite",
     },
+    "sweep": COMMON | {"--out", "--members", "--halving", "--overwrite", "-s"},
     "eval": COMMON | DATA | {"--split", "--protocol", "--scoring", "-s"},
     "predict": COMMON | DATA | {"--file", "-s"},
     "export": COMMON | {"--to", "--out", "--model", "--dtype", "--task-id"},

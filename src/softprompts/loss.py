@@ -1,0 +1,42 @@
+"""The loss of a batch, from logits that are computed only where there are labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from softprompts.backbone import Backbone
+
+
+class LabelledOnly:
+    """Hook on the head of a language model: inside `at`, logits only where there are labels."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.causal = backbone.kind == "causal"
+        self.where: Tensor | None = None
+        if backbone.kind != "classification":
+            backbone.model.get_output_embeddings().register_forward_pre_hook(self._pick)
+
+    @contextmanager
+    def at(self, seen: Tensor) -> Iterator[None]:
+        """Compute logits (M, V) where `seen` (B, L) of the last L positions is set (M times)."""
+        # Decoders predict the next token, so their last position has no label.
+        seen = torch.nn.functional.pad(seen, (0, 1)) if self.causal else seen
+        self.where = seen.flatten().nonzero().squeeze(1)
+        try:
+            yield
+        finally:
+            self.where = None
+
+    def _pick(self, module: torch.nn.Module, args: tuple) -> tuple:
+        return args if self.where is None else (args[0].flatten(0, 1)[self.where], *args[1:])
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the summed loss of (M, V) logits: cross-entropy, or squared error for numbers."""
+    if targets.is_floating_point():
+        return torch.nn.functional.mse_loss(logits.float().squeeze(-1), targets, reduction="sum")
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
