@@ -66,7 +66,7 @@ for (name, text), answer in zip(BATCH, t5.tokenizer.batch_decode(written, skip_s
 # The same as switching adapters for every row, to the last bits of fp32, but the backbone runs once.
 
 # %%
-start = torch.full((len(BATCH), 1), t5.model.config.decoder_start_token_id)
+start = torch.full((len(BATCH), 1), t5.model.config.decoder_start_token_id, device=t5.model.device)
 with torch.inference_mode():
     together = model(**inputs, decoder_input_ids=start, adapter_names=names).logits
     worst = 0.0

@@ -282,3 +282,45 @@ def test_a_failed_attach_leaves_the_model_alone() -> None:
         attach(network, config_of("accept", prompt_subspaces=5))
     assert not hasattr(network, "prompt_adapter") and torch.equal(forward(network, ids), before)
     assert all(p.requires_grad for p in network.parameters())
+
+
+def other_models() -> dict:
+    from transformers import (
+        AlbertConfig,
+        AlbertForSequenceClassification,
+        BartConfig,
+        BartForConditionalGeneration,
+        CamembertConfig,
+        CamembertForTokenClassification,
+        MarianConfig,
+        MarianMTModel,
+    )
+
+    pair = dict(vocab_size=60, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, pad_token_id=0,
+                decoder_start_token_id=0, scale_embedding=True, forced_eos_token_id=None)  # fmt: skip
+    small = dict(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                 max_position_embeddings=40)  # fmt: skip
+    return {
+        "marian": lambda: MarianMTModel(MarianConfig(**pair)),
+        "bart": lambda: BartForConditionalGeneration(BartConfig(**pair)),
+        "albert": lambda: AlbertForSequenceClassification(AlbertConfig(**small, embedding_size=32)),
+        "camembert": lambda: CamembertForTokenClassification(CamembertConfig(**small, pad_token_id=1)),
+    }
+
+
+@pytest.mark.parametrize("model", ["marian", "bart", "albert", "camembert"])
+def test_a_prompt_of_nothing_is_the_bare_model(model: str) -> None:
+    """An offset of zeros and no prompt: whatever a model does with its embeddings must be done here too."""
+    network, ids = other_models()[model]().eval(), text()
+    bare = forward(network, ids)
+    attach(network, config_of("accept", prompt_length=0), initialise=False)
+    for parameter in network.prompt_adapter.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert_close(forward(network, ids), bare, atol=ROUNDING, rtol=0)
+    attach(detach(network), config_of("accept"), initialise=False)
+    scatter(network.prompt_adapter)
+    prompted_logits = forward(network, ids)
+    assert prompted_logits.shape == bare.shape and not torch.allclose(prompted_logits, bare)
+    if model == "camembert":
+        assert adapters_of(network).longest_text == min(24, 40 - 2 - 5)

@@ -46,6 +46,7 @@ def test_lengths_count_the_text(model: str) -> None:
     assert expected.shape == (2, 13)
     assert torch.equal(network.generate(ids, max_length=13, **PLAN), expected)
     said = GenerationConfig(max_length=13, **PLAN)
+    assert torch.equal(network.generate(ids, said), expected)
     assert torch.equal(network.generate(ids, generation_config=said), expected)
     network.generation_config.max_length = 13
     assert torch.equal(network.generate(ids, **PLAN), expected)
@@ -127,6 +128,8 @@ def test_the_model_generates_by_itself_again_when_bare() -> None:
         ({"assistant_model": object()}, "assistant_model; use prompt_lookup_num_tokens"),
         ({"encoder_repetition_penalty": 1.5}, "encoder_repetition_penalty; leave it out"),
         ({"prefill_chunk_size": 4}, "prefill_chunk_size; leave it out"),
+        ({"guidance_scale": 2.0}, "guidance_scale; leave it out"),
+        ({"prompt_lookup_num_tokens": 2, "repetition_penalty": 2.0}, "prompt lookup and repetition_penalty"),
         ({"attention_mask": torch.ones(2, 1, 7, 7)}, r"an attention mask of shape \(2, 1, 7, 7\)"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file
-from tiny import WIDTH, build, config_of, forward, prompted, scatter, text
+from tiny import T5, WIDTH, build, config_of, forward, prompted, scatter, text
 from torch import nn
 from torch.testing import assert_close
 
@@ -276,6 +276,26 @@ def modules_that_are_not_there(folder: Path) -> None:
     adapted("bert-sequence", modules_to_save=["pooler", "clasifier"])
 
 
+def the_name_of_a_lora(folder: Path) -> None:
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    below = get_peft_model(build("llama"), lora)
+    with pytest.warns(UserWarning, match="for a second time"):
+        get_peft_model(below, SoftPromptConfig(config_of("accept"), "CAUSAL_LM"))
+
+
+def the_file_of_another_method(folder: Path) -> None:
+    adapted("t5", "dept").save_pretrained(str(folder))
+    adapted("t5", "accept").load_adapter(str(folder), "default")
+
+
+def detached(folder: Path) -> None:
+    detach(adapted("t5"))
+
+
+def saved_without_peft(folder: Path) -> None:
+    save_adapter(adapted("bert-sequence").get_base_model(), folder)
+
+
 def attached_to_a_peft_model(folder: Path) -> None:
     attach(adapted("t5").get_base_model(), config_of("dept"), "second")
 
@@ -287,6 +307,10 @@ def attached_to_a_peft_model(folder: Path) -> None:
         (of_another_width, "trained for width 32 .*this model has width 16"),
         (two_at_once, "one prompt is active at a time, not a, b; use adapter_names"),
         (modules_that_are_not_there, "modules_to_save names 'clasifier', which this model lacks"),
+        (the_name_of_a_lora, "'default' names another adapter of this model .*its own adapter_name"),
+        (the_file_of_another_method, "the file holds .*load it under another name"),
+        (detached, "belong to PEFT; use its delete_adapter"),
+        (saved_without_peft, "use its save_pretrained"),
         (on_an_attached_model, "attached without PEFT; detach"),
         (attached_to_a_peft_model, "belong to PEFT"),
         (lambda _: adapted("t5").merge_and_unload(), "cannot be merged.*softprompts export"),
@@ -300,18 +324,62 @@ def test_what_is_refused(call: Any, message: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_failed_injection_leaves_the_model_alone() -> None:
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"prompt_subspaces": 5}, {}, "does not divide the model width"),
+        ({}, {"modules_to_save": ["sharde"]}, "names 'sharde', which this model lacks"),
+    ],
+)
+def test_a_failed_injection_leaves_the_model_alone(changes: dict, options: dict, message: str) -> None:
     network, ids = build("t5"), text()
     before = forward(network, ids)
-    with pytest.raises(UsageError, match="does not divide the model width"):
-        get_peft_model(network, SoftPromptConfig(config_of("accept", prompt_subspaces=5)))
+    with pytest.raises(UsageError, match=message):
+        get_peft_model(network, SoftPromptConfig(config_of("accept", **changes), **options))
     assert not hasattr(network, "prompt_adapter") and torch.equal(forward(network, ids), before)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_a_config_serves_several_models() -> None:
+    config = SoftPromptConfig("prompt_tuning", "SEQ_2_SEQ_LM")
+    before = config.to_dict()
+    get_peft_model(build("t5"), config)
+    wide = type(build("t5"))(build("t5").config.__class__(**{**T5, "d_model": 64}))
+    again = get_peft_model(wide, config)
+    assert config.to_dict() == before and again.peft_config["default"].width == 64
+    again.add_adapter("second", again.peft_config["default"])
+    again.set_adapter("second")
+    assert not forward(again, text()).isnan().any()
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+def test_heads_on_top_of_lora() -> None:
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
+    below, ids = get_peft_model(build("bert-sequence"), lora, "below").eval(), text()
+    scatter(below.get_base_model().classifier.modules_to_save["below"])
+    before = forward(below, ids)
+    with pytest.warns(UserWarning, match="for a second time"):
+        above = get_peft_model(below, SoftPromptConfig(config_of("accept"), "SEQ_CLS"), "above")
+    heads = below.get_base_model().classifier
+    assert heads.active_adapters == ["above"]
+    forward(above, ids).sum().backward()
+    assert all(p.grad is not None for p in heads.modules_to_save["above"].parameters())
+    assert torch.equal(forward(above.unload().eval(), ids), before), "LoRA has its own trained head again"
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True.*:UserWarning")
+@pytest.mark.parametrize("name", ["embed_tokens"])
+def test_a_trained_copy_of_the_embeddings_is_used(name: str) -> None:
+    network = get_peft_model(build("llama"), SoftPromptConfig(config_of("accept"), "CAUSAL_LM", modules_to_save=[name]))
+    forward(network, text()).square().sum().backward()
+    copies = network.get_base_model().model.embed_tokens.modules_to_save["default"]
+    assert copies.weight.grad is not None and copies.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 def test_lora_below_a_prompt_is_kept_when_the_prompt_goes() -> None:
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
-    below, ids = get_peft_model(build("llama"), lora).eval(), text()
+    below, ids = get_peft_model(build("llama"), lora, "below").eval(), text()
     before = forward(below, ids)
     with pytest.warns(UserWarning, match="for a second time"):  # PEFT's advice; here it is meant
         wrapped = get_peft_model(below, SoftPromptConfig(config_of("accept"), "CAUSAL_LM")).eval()

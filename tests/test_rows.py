@@ -1,5 +1,7 @@
 """One batch, a prompt per row: every method and length beside every other, on every architecture, as if alone."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny import MODELS, NAMES, WRITERS, build, config_of, forward, padded, scatter, text
@@ -133,4 +135,38 @@ def test_misuse_is_one_line_with_the_way_out() -> None:
         forward(network, ids)
     with pytest.raises(UsageError, match="0 adapter names"):
         select(adapters_of(network).methods(), [], 3)
-    assert adapters_of(network).names is None
+    with pytest.raises(UsageError, match="2 adapter names for a batch of 4"), using(network, ["accept", BASE]):
+        forward(network, text(4))
+    assert adapters_of(network).names == {}
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "keys", BASE])
+def test_names_that_cannot_be(name: str) -> None:
+    with pytest.raises(UsageError, match="cannot name an adapter"):
+        attach(build("t5"), config_of("accept"), name)
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    """A server's threads: other rows, other lengths, one generating while others read."""
+    network = several("llama")
+    encoder = several("bert-token")
+    batches = [(text(2, length), ["accept", "dept"] if length % 2 else [BASE, "adept"]) for length in range(3, 9)]
+    plan = dict(max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+    def read(model, ids, names):
+        with using(model, names), torch.no_grad():
+            return forward(model, ids)
+
+    def write(ids, names):
+        with using(network, names):
+            return network.generate(ids, **plan)
+
+    jobs = []
+    for ids, names in batches:
+        jobs += [(read, network, ids, names), (read, encoder, ids, names), (write, ids, names)]
+    alone = [job[0](*job[1:]) for job in jobs]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(8):
+            together = list(pool.map(lambda job: job[0](*job[1:]), jobs))
+            for one, other in zip(alone, together, strict=True):
+                assert_close(one, other, atol=ROUNDING, rtol=0)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from softprompts.core import MethodConfig, SoftPrompt
 from softprompts.errors import UsageError, suggest
-from softprompts.hooks import Hooks
+from softprompts.hooks import Hooks, thread
 from softprompts.init import Vocabulary
-from softprompts.rows import Selection, select
+from softprompts.rows import BASE, Selection, select
 from softprompts.shapes import SLOT, head_modules
 
 
@@ -79,6 +79,8 @@ def detach(model: Any, name: str | None = None) -> Any:
         UsageError: no such adapter.
     """
     adapters = adapters_of(model)
+    if not adapters.own:
+        raise UsageError("this model's prompts belong to PEFT; use its delete_adapter(name) or unload()")
     if name is not None:
         adapters.remove(name)
         if adapters.softprompt_methods:
@@ -117,18 +119,23 @@ def using(model: Any, names: Sequence[str]) -> Iterator[None]:
 
     Args:
         model: with adapters attached.
-        names: one adapter name per row, `"__base__"` for none. Beams and returned sequences follow their row.
+        names: one adapter name per row, `"__base__"` for none. Beams and returned sequences follow their row. Only
+            the active adapter trains, unless the others' parameters are made to require gradients.
 
     Raises:
         UsageError: an unknown name, or (in the forward pass) a number of names that does not divide the batch.
     """
     adapters = adapters_of(model)
     select(adapters.methods(), names, len(names))
-    before, adapters.names = adapters.names, tuple(names)
+    before = adapters.names.get(thread())
+    adapters.names[thread()] = tuple(names)
     try:
         yield
     finally:
-        adapters.names = before
+        if before is None:
+            del adapters.names[thread()]
+        else:
+            adapters.names[thread()] = before
 
 
 @contextmanager
@@ -162,19 +169,21 @@ class PromptAdapters(nn.Module):
         self.configs: dict[str, MethodConfig] = {}
         self.active: str | None = None
         self.enabled = True
-        self.names: tuple[str, ...] | None = None
+        self.names: dict[int, tuple[str, ...]] = {}
         self.heads = tuple(heads)
-        # Past nn.Module's bookkeeping: the embedding and the model are not our submodules.
-        self._embedding: Any
-        self.__dict__["_embedding"] = model.get_input_embeddings()
         self._before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._head_before = {
             f"{head}.{key}": value.detach().clone()
             for head in self.heads
             for key, value in model.get_submodule(head).state_dict().items()
         }
-        self.hooks = Hooks(model, self._embedding, self.selection)
+        self.hooks = Hooks(model, self.selection)
         self.hooks.register()
+
+    @property
+    def _embedding(self) -> Any:
+        # Asked each time: PEFT or the user may have put another module there.
+        return self.hooks.model.get_input_embeddings()
 
     @property
     def width(self) -> int:
@@ -208,12 +217,12 @@ class PromptAdapters(nn.Module):
             raise UsageError(f"no adapter '{name}'{suggest(str(name), known)} (attached: {', '.join(known)})")
         return self.softprompt_methods[name]  # type: ignore[return-value]
 
-    def selection(self, batch: int) -> Selection | None:
-        """Return which adapters the rows of a batch use, None if no row uses any."""
+    def selection(self, batch: int, beams: bool = False) -> Selection | None:
+        """Return which adapters the rows of a batch use (several rows for one name with `beams`), None if none."""
         if not self.enabled:
             return None
-        if self.names is not None:
-            return select(self.methods(), self.names, batch)
+        if self.names and (names := self.names.get(thread())) is not None:
+            return select(self.methods(), names, batch, beams)
         # Nothing here depends on the batch, so that a compiled model is not specialised to its size.
         return None if self.active is None else Selection([self.method()])
 
@@ -223,7 +232,9 @@ class PromptAdapters(nn.Module):
         Without `initialise` its parameters are on the meta device if that is torch's default there, else empty.
         """
         if name in self.softprompt_methods:
-            raise UsageError(f"an adapter '{name}' is attached already; take another name or detach it first")
+            raise UsageError(f"an adapter '{name}' is attached already; take another name or remove it first")
+        if name == BASE or not name or "." in name or hasattr(self.softprompt_methods, name):
+            raise UsageError(f"'{name}' cannot name an adapter; take another name, without dots")
         config = config.resolved(self.width)
         weight: Tensor = self._embedding.weight
         method = config.build(self.width)
@@ -231,7 +242,8 @@ class PromptAdapters(nn.Module):
             encode = None
             if tokenizer is not None:
                 encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-            config.initialise(method, self.width, Vocabulary(weight.detach().cpu(), encode))
+            scale = getattr(self._embedding, "embed_scale", 1.0)  # Gemma's table is scaled where it is read
+            config.initialise(method, self.width, Vocabulary(weight.detach().cpu() * float(scale), encode))
             from softprompts.checkpoint import warm_start
 
             warm_start(method, config)

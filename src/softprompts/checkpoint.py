@@ -43,6 +43,8 @@ def save_adapter(
         SoftPromptsError: the disk refuses.
     """
     adapters = adapters_of(model)
+    if not adapters.own:
+        raise UsageError("this model's prompts belong to PEFT, and so do their heads; use its save_pretrained(folder)")
     method = adapters.method(name)
     config = adapters.configs[name or str(adapters.active)]
     tensors = {f"{OWN}{key}": value for key, value in method.state_dict().items()}

@@ -38,9 +38,16 @@ from softprompts.core import MethodConfig, Offset, PositionOffset, SoftPrompt
 from softprompts.errors import UsageError, suggest
 from softprompts.files import write_text
 from softprompts.hooks import check_length
-from softprompts.shapes import is_encoder_decoder
+from softprompts.shapes import is_decoder_only, is_encoder_decoder
 
-TARGETS = ("prompt-tuning", "embeds", "baked", "softprompts")
+OPTIONS = {
+    "prompt-tuning": ("--model",),
+    "embeds": (),
+    "baked": ("--model", "--dtype"),
+    "softprompts": ("--model", "--task-id"),
+}
+"""What can be exported to, and the options each takes."""
+TARGETS = tuple(OPTIONS)
 EMBEDS_FILE = "prompt_embeds.safetensors"
 WRITERS = ("SEQ_2_SEQ_LM", "CAUSAL_LM")
 
@@ -119,6 +126,10 @@ def export(
     """
     if to not in TARGETS:
         raise UsageError(f"cannot export to '{to}'{suggest(to, TARGETS)} (known: {', '.join(TARGETS)})")
+    given = {"--model": model, "--dtype": None if dtype == "fp32" else dtype, "--task-id": task_id}
+    for option, value in given.items():
+        if value is not None and option not in OPTIONS[to]:
+            raise UsageError(f"--to {to} takes no {option}; leave it out")
     about: dict[str, Any] = {}
     if to == "prompt-tuning":
         to_prompt_tuning(Path(source), Path(out), model)
@@ -245,14 +256,23 @@ def prompt_embeds(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
     Raises:
         UsageError: no prompt attached, or a text longer than the offset's table.
     """
-    method, embedding = adapters_of(model).method(), model.get_input_embeddings()
+    if not is_decoder_only(model):
+        raise UsageError("prompt_embeds is for decoder-only models; for encoder-decoder models take encoder_outputs")
+    adapters, embedding = adapters_of(model), model.get_input_embeddings()
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    selection = adapters.selection(len(input_ids))
+    methods: list[SoftPrompt | None] = [None] * len(input_ids)
+    for number, method in enumerate(selection.methods if selection is not None else ()):
+        for row in range(len(methods)) if selection is None or selection.rows is None else selection.rows[number]:
+            methods[row] = method
     inputs = []
-    for ids, real in zip(input_ids, mask.bool(), strict=True):
+    for ids, real, own in zip(input_ids, mask.bool(), methods, strict=True):
         embeds = embedding(ids[real]).unsqueeze(0)
-        ones = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        check_length(method, ones, embeds.shape[1], None)
-        prompt, embeds = method(embeds, None, ones)
+        prompt = None
+        if own is not None:
+            ones = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            check_length(own, ones, embeds.shape[1], None)
+            prompt, embeds = own(embeds, None, ones)
         inputs.append((embeds if prompt is None else torch.cat([prompt, embeds], 1))[0])
     return inputs
 

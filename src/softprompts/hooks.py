@@ -15,7 +15,9 @@ counted over real tokens, and offsets follow the position in the text.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,20 +29,37 @@ from softprompts.memory import PromptMemory, can_share
 from softprompts.rows import Selection
 from softprompts.shapes import classifies_rows, is_decoder_only, is_encoder_decoder, position_limit
 
+UNFIT = {"prefill_chunk_size": None, "encoder_repetition_penalty": 1.0, "guidance_scale": 1.0}
+"""Options of `generate` that would take the prompt for text, and the values that switch them off."""
+NEED_TEXT = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+
+
+@dataclass
+class Call:
+    """What the hooks of one forward call leave for each other."""
+
+    order: Tensor | None = None
+    packed: Tensor | None = None
+    cut: int = 0
+    hide_cache: bool = False
+
 
 class Hooks:
-    """The hooks of one model; `choose` says which adapters the rows of a batch use, None for none."""
+    """The hooks of one model.
 
-    def __init__(self, model: Any, embedding: nn.Module, choose: Callable[[int], Selection | None]) -> None:
+    Args:
+        model: which one.
+        choose: says which adapters the rows of a batch use, None for none; its second argument is whether several
+            rows may stand for one name (beams).
+    """
+
+    def __init__(self, model: Any, choose: Callable[[int, bool], Selection | None]) -> None:
         self.model = model
-        self._embedding = embedding
         self._choose = choose
         self._handles: list[Any] = []
-        self._order: Tensor | None = None
-        self._packed: Tensor | None = None
-        self._cut = 0
-        self._hide_cache = False
-        self._generating = False
+        # By thread: servers call one model from several.
+        self._calls: dict[int, Call] = {}
+        self._generating: set[int] = set()
         self.memory = PromptMemory()
         self._keep_front = classifies_rows(model)
         self._limit = position_limit(model)
@@ -81,12 +100,23 @@ class Hooks:
 
     def _chosen(self, ids: Tensor | None, embeds: Tensor | None) -> Selection | None:
         given = ids if embeds is None else embeds
-        return None if given is None else self._choose(given.shape[0])
+        return None if given is None else self._choose(given.shape[0], thread() in self._generating)
+
+    def _begin(self) -> Call:
+        call = self._calls[thread()] = Call()
+        return call
+
+    def _embed(self, module: Any, ids: Tensor) -> Tensor:
+        """Embed ids as the body does: some (Marian, Pegasus) scale the embeddings of ids themselves."""
+        embedding = self.model.get_input_embeddings()
+        scale = getattr(module, "embed_scale", None)
+        embeds = embedding(ids)
+        return embeds if scale is None or hasattr(embedding, "embed_scale") else embeds * scale
 
     def _before_encoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         kwargs = by_name(module, args, kwargs)
         ids, embeds, mask = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None), kwargs["attention_mask"]
-        self._order, self._packed, self._cut = None, None, 0
+        call = self._begin()
         selection = self._chosen(ids, embeds)
         if selection is None:
             return None
@@ -95,21 +125,21 @@ class Hooks:
         if mask is not None:
             check_mask(mask)
             # Text first, padding last, so that nothing stands between the prompt and the text.
-            self._order = (mask == 0).int().argsort(dim=1, stable=True)
-            mask, ids, types, embeds = (sorted_by(self._order, x) for x in (mask, ids, types, embeds))
-        embeds = self._embedding(ids) if embeds is None else embeds
+            call.order = (mask == 0).int().argsort(dim=1, stable=True)
+            mask, ids, types, embeds = (sorted_by(call.order, x) for x in (mask, ids, types, embeds))
+        embeds = self._embed(module, ids) if embeds is None else embeds
         mask = ones_for(embeds) if mask is None else mask
         self._check_length(selection, mask, embeds.shape[1])
         prompt, embeds = selection(embeds, None, mask)
         if prompt is not None:
-            self._cut = prompt.shape[1]
+            call.cut = prompt.shape[1]
             embeds, mask = torch.cat([prompt, embeds], 1), selection.extended(mask)
             if types is not None:
-                types = torch.cat([types.new_zeros(len(types), self._cut), types], 1)
+                types = torch.cat([types.new_zeros(len(types), call.cut), types], 1)
             if selection.mixed:
                 # Prompts of several lengths: each row begins at the first position, as it would alone.
-                self._packed = (mask == 0).int().argsort(dim=1, stable=True)
-                mask, types, embeds = (sorted_by(self._packed, x) for x in (mask, types, embeds))
+                call.packed = (mask == 0).int().argsort(dim=1, stable=True)
+                mask, types, embeds = (sorted_by(call.packed, x) for x in (mask, types, embeds))
         kwargs.update(inputs_embeds=embeds, attention_mask=mask)
         if types is not None:
             kwargs["token_type_ids"] = types
@@ -118,7 +148,7 @@ class Hooks:
     def _before_cross_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         kwargs = by_name(module, args, kwargs)
         mask, memory = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
-        selection = None if memory is None else self._choose(memory.shape[0])
+        selection = None if memory is None else self._choose(memory.shape[0], True)
         if memory is None or selection is None:
             return None
         if mask is None and selection.mixed and memory.shape[1] > selection.length:
@@ -131,15 +161,15 @@ class Hooks:
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         kwargs = by_name(module, args, kwargs)
         ids, embeds, mask = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None), kwargs["attention_mask"]
-        self._cut, self._hide_cache = 0, False
+        call, generating = self._begin(), thread() in self._generating
         selection = self._chosen(ids, embeds)
-        if selection is None or (self._generating and embeds is not None):
+        if selection is None or (generating and embeds is not None):
             return None  # bare, or `generate` has prompted these embeddings
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
-        embeds = self._embedding(ids) if embeds is None else embeds
+        embeds = self._embed(module, ids) if embeds is None else embeds
         new = embeds.shape[1]
-        if self._generating:
+        if generating:
             at = text_positions(selection, embeds, mask, kwargs.get("position_ids"), past)
             kwargs["inputs_embeds"] = selection(embeds, at, ones_for(embeds), prepend=False)[1]
             return (), kwargs
@@ -153,38 +183,34 @@ class Hooks:
         shares = cache is None and can_share(module, set(kwargs), selection, len(embeds))
         if shares:
             kwargs["past_key_values"] = self.memory.cache(module, selection, embeds, mask, len(embeds))
-            self._hide_cache = not uses_cache(module, kwargs)
+            call.hide_cache = not uses_cache(module, kwargs)
         prompt, embeds = selection(embeds, at, mask[:, -new:], prepend=past == 0 and not shares)
         mask = selection.extended(mask)
         if prompt is not None:
-            embeds, self._cut = torch.cat([prompt, embeds], 1), prompt.shape[1]
+            embeds, call.cut = torch.cat([prompt, embeds], 1), prompt.shape[1]
         kwargs.update(inputs_embeds=embeds, attention_mask=mask)
         kwargs.pop("cache_position", None)  # older releases pass it, counted without the prompt
         if "position_ids" in kwargs:
             kwargs["position_ids"] = positions(mask)[:, -embeds.shape[1] :]
-        if kwargs.get("token_type_ids") is not None and self._cut:
+        if kwargs.get("token_type_ids") is not None and call.cut:
             types = kwargs["token_type_ids"]
-            kwargs["token_type_ids"] = torch.cat([types.new_zeros(len(types), self._cut), types], 1)
+            kwargs["token_type_ids"] = torch.cat([types.new_zeros(len(types), call.cut), types], 1)
         return (), kwargs
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        packed, self._packed = self._packed, None
-        order, self._order = self._order, None
-        if self._hide_cache and not isinstance(output, tuple):
+        call = self._calls.pop(thread(), Call())
+        if call.hide_cache and not isinstance(output, tuple):
             output["past_key_values"] = None
-        if not self._cut and order is None and packed is None:
+        if not call.cut and call.order is None and call.packed is None:
             return output
         hidden = output[0]
-        if packed is not None:
-            hidden = sorted_by(packed.argsort(dim=1), hidden)
-        hidden = hidden[:, self._cut :]
-        pooler = getattr(module, "pooler", None)
-        pooled = None
-        if pooler is not None and self._cut:
-            # The model pooled the prompt's first vector; pool the text's first token, as without a prompt.
-            pooled = pooler(hidden)
-        if order is not None and not self._keep_front:
-            hidden = sorted_by(order.argsort(dim=1), hidden)
+        if call.packed is not None:
+            hidden = sorted_by(call.packed.argsort(dim=1), hidden)
+        hidden = hidden[:, call.cut :]
+        # The model pooled the prompt's first vector; pool the text's first token, as without a prompt.
+        pooled = pool(module, hidden) if call.cut else None
+        if call.order is not None and not self._keep_front:
+            hidden = sorted_by(call.order.argsort(dim=1), hidden)
         if isinstance(output, tuple):
             rest = list(output[1:])
             if pooled is not None:
@@ -195,7 +221,7 @@ class Hooks:
             output["pooler_output"] = pooled
         return output
 
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with a decoder-only model: its own `generate`, given the prompted embeddings of the first step.
 
         So caches of every kind have the right size and masks the right shape, while the logits processors and the
@@ -206,28 +232,32 @@ class Hooks:
         """
         model = self.model
         plain = type(model).generate
-        if inputs is not None:
-            kwargs["input_ids"] = inputs
+        kwargs |= dict(zip(list(inspect.signature(plain).parameters)[1:], args, strict=False))
+        if kwargs.get("inputs") is not None:
+            kwargs["input_ids"] = kwargs.pop("inputs")
         ids, embeds, mask = (kwargs.pop(key, None) for key in ("input_ids", "inputs_embeds", "attention_mask"))
         if ids is None and embeds is None:
             bos = option(model, kwargs, "bos_token_id")
             refuse(bos is None, "generate() without any input", "pass input_ids or inputs_embeds")
             ids = torch.full((1, 1), bos, dtype=torch.long, device=model.device)
-        selection = self._choose(len(ids if embeds is None else embeds))
+        selection = self._choose(len(ids if embeds is None else embeds), False)
         if selection is None or kwargs.get("custom_generate") is not None:
             given = {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask}
             return plain(model, **kwargs, **{key: value for key, value in given.items() if value is not None})
         refuse(kwargs.get("assistant_model") is not None, "assistant_model", "use prompt_lookup_num_tokens")
-        for name, off in (("prefill_chunk_size", None), ("encoder_repetition_penalty", 1.0)):
+        lookup = option(model, kwargs, "prompt_lookup_num_tokens") is not None
+        for name, off in UNFIT.items():
             refuse(option(model, kwargs, name) not in (None, off), name, "leave it out")
-        embeds = self._embedding(ids) if embeds is None else embeds
+        for name, off in NEED_TEXT.items() if lookup else ():
+            # Prompt lookup is given no ids, so these would not see the text.
+            refuse(option(model, kwargs, name) not in (None, off), f"prompt lookup and {name}", "leave one out")
+        embeds = self._embed(model.base_model, ids) if embeds is None else embeds
         mask = default_mask(model, kwargs, ids, embeds) if mask is None else mask
         check_mask(mask)
         self._check_length(selection, mask, embeds.shape[1])
         text = embeds.shape[1] if ids is None else ids.shape[1]
         rows = len(embeds) * max(option(model, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
         body, accepted = model.base_model, set(inspect.signature(model.base_model.forward).parameters)
-        lookup = option(model, kwargs, "prompt_lookup_num_tokens") is not None
         own = option(model, kwargs, "cache_implementation") is not None or kwargs.get("past_key_values") is not None
         if not own and not lookup and can_share(body, accepted, selection, rows):
             kwargs["past_key_values"] = self.memory.cache(body, selection, embeds, mask, rows)
@@ -242,11 +272,11 @@ class Hooks:
         # Prompt lookup crops the cache to the length of the ids, which must then be the length of the embeddings.
         if ids is not None and not lookup:
             kwargs["input_ids"] = ids
-        self._generating = True
+        self._generating.add(thread())
         try:
             out = plain(model, inputs_embeds=embeds, attention_mask=selection.extended(mask), **kwargs)
         finally:
-            self._generating = False
+            self._generating.discard(thread())
         return with_text(out, ids) if lookup and ids is not None else out
 
     def _check_length(self, selection: Selection, mask: Tensor, slots: int) -> None:
@@ -255,6 +285,21 @@ class Hooks:
             if method is not None:
                 own = mask if selection.rows is None else mask[list(selection.rows[number])]
                 check_length(method, own, slots, self._limit)
+
+
+def thread() -> int:
+    """Return whose call this is. A compiled model is traced once, for all threads."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def pool(module: Any, hidden: Tensor) -> Tensor | None:
+    """Pool (B, T, D) states as the body does, None if it does not."""
+    pooler = getattr(module, "pooler", None)
+    if pooler is None:
+        return None
+    # ALBERT's pooler is a bare layer; the others take the first state themselves.
+    activation = getattr(module, "pooler_activation", None)
+    return pooler(hidden) if activation is None else activation(pooler(hidden[:, 0]))
 
 
 def check_length(method: SoftPrompt, mask: Tensor, slots: int, limit: int | None) -> None:

@@ -10,6 +10,7 @@ puts it there (`SoftPromptModel`). Heads are kept per adapter, in PEFT's `module
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -215,6 +216,16 @@ class SoftPromptModel(BaseTuner):
     target_module_mapping = {}  # noqa: RUF012 (PEFT's annotation)
     peft_config: dict[str, SoftPromptConfig]  # type: ignore[assignment]
 
+    def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        others = (m for m in innermost(model).modules() if isinstance(m, BaseTunerLayer))
+        for module in others:
+            if not isinstance(module, PromptLayer) and adapter_name in module._get_available_adapters():
+                raise UsageError(
+                    f"'{adapter_name}' names another adapter of this model ({type(module).__name__}), and PEFT would "
+                    f"save only one of them; give the prompt its own adapter_name"
+                )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -231,22 +242,29 @@ class SoftPromptModel(BaseTuner):
         Raises:
             UsageError: the sizes do not fit the model, or its prompts were attached without PEFT.
         """
-        config = self.peft_config[adapter_name]
+        # The user's own object stays as it is, to be used for other models.
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         inner = innermost(model)
         layer = getattr(inner, SLOT, None)
         fresh = layer is None
+        if layer is not None and not isinstance(layer, PromptLayer):
+            raise UsageError("this model has a prompt attached without PEFT; detach(model) first")
+        modules = [name for name, _ in inner.named_modules() if SLOT not in name]
+        wanted = [*(config.modules_to_save or []), *head_modules(inner)]
+        config.absent = {m for m in (*wanted, *PEFT_GUESSES) if not any(name.endswith(m) for name in modules)}
+        if given := config.absent - PEFT_GUESSES:
+            raise UsageError(f"modules_to_save names '{min(given)}', which this model lacks; correct or remove it")
+        config.modules_to_save = [module for module in wanted if module not in config.absent] or None
         if layer is None:
             layer = PromptLayer(inner)
             inner.add_module(SLOT, layer)
-        elif not isinstance(layer, PromptLayer):
-            raise UsageError("this model has a prompt attached without PEFT; detach(model) first")
+        loads = config.saved or low_cpu_mem_usage
         try:
-            if config.width not in (None, layer.width):
+            if config.saved and config.width != layer.width:
                 raise UsageError(
                     f"this adapter was trained for width {config.width} ({config.base_model_name_or_path}), this model "
                     f"has width {layer.width}; load the model it was trained on"
                 )
-            loads = config.saved or low_cpu_mem_usage
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
                 layer.add(adapter_name, config.softprompt, config.tokenizer, initialise=not loads)
         except Exception:
@@ -254,7 +272,7 @@ class SoftPromptModel(BaseTuner):
                 layer.restore(inner)
                 delattr(inner, SLOT)
             raise
-        config.width, config.softprompt = layer.width, layer.configs[adapter_name]
+        config.width, config.softprompt, config.saved = layer.width, layer.configs[adapter_name], False
         if loads and not low_cpu_mem_usage:
             for parameter in layer.method(adapter_name).parameters():
                 nn.init.constant_(parameter, float("nan"))
@@ -267,25 +285,28 @@ class SoftPromptModel(BaseTuner):
 
     def _add_heads(self, inner: nn.Module, config: SoftPromptConfig, adapter_name: str, active: bool) -> None:
         """Give the adapter its own copy of the task head and of the modules it names, in fp32."""
-        names = [name for name, _ in inner.named_modules() if SLOT not in name]
-        wanted = [*(config.modules_to_save or []), *head_modules(inner)]
-        config.absent = {m for m in (*wanted, *PEFT_GUESSES) if not any(name.endswith(m) for name in names)}
-        if given := config.absent - PEFT_GUESSES:
-            raise UsageError(f"modules_to_save names '{min(given)}', which this model lacks; correct or remove it")
-        config.modules_to_save = [module for module in wanted if module not in config.absent] or None
         set_additional_trainable_modules(inner, config, self.get_model_config(inner), adapter_name, active)
         for wrapper in head_wrappers(inner, adapter_name):
             head = wrapper.modules_to_save[adapter_name]
             if any(p.is_floating_point() and p.dtype != torch.float32 for p in head.parameters()):
                 head.float().register_forward_pre_hook(to_own_dtype)
+            if active:
+                # On top of LoRA, whose head would stay the active one.
+                wrapper.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def unload(self) -> nn.Module:
-        """Remove every prompt and return the model, exactly as it was before."""
+        """Remove every prompt and its heads and return the model, as it was before."""
         inner = innermost(self.model)
         layer = getattr(inner, SLOT)
         for name, module in list(inner.named_modules()):
-            if isinstance(module, ModulesToSaveWrapper) and set(module.modules_to_save) <= set(layer.configs):
-                inner.set_submodule(name, module.original_module)
+            if isinstance(module, ModulesToSaveWrapper):
+                others = [adapter for adapter in module.modules_to_save if adapter not in layer.configs]
+                for adapter in layer.configs:
+                    module.delete_adapter(adapter, others[:1] or None)
+                if not others:
+                    inner.set_submodule(name, module.original_module)
+                elif not module.active_adapters:
+                    module.set_adapter(others[0])
         layer.restore(inner)
         delattr(inner, SLOT)
         if "peft_config" in self.model.__dict__:
@@ -338,10 +359,31 @@ class SoftPromptModel(BaseTuner):
         return {key: value for key, value in state_dict.items() if own in key}
 
     @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Give a file's tensors the adapter's name.
+
+        Raises:
+            UsageError: the file holds another method or other sizes; PEFT would load nothing and say nothing.
+        """
+        own = f"{SLOT}.softprompt_methods."
+        layer = getattr(innermost(model), SLOT)
+        theirs = {key.partition(own)[2]: tuple(value.shape) for key, value in state_dict.items() if own in key}
+        here = {key: tuple(value.shape) for key, value in layer.method(adapter_name).state_dict().items()}
+        if theirs != here:
+            raise UsageError(
+                f"the file holds {theirs}, the adapter '{adapter_name}' is {here}; load it under another name"
+            )
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        own = f"{SLOT}.softprompt_methods."
+        if own not in key:
+            return key  # a head's, which PEFT has named already
         # On top of LoRA there are two wrappers around the model; the file does not show it.
         key = re.sub(r"^(base_model\.model\.)+", "base_model.model.", key)
-        own = f"{SLOT}.softprompt_methods."
         return key.replace(f"{own}{adapter_name}.", own, 1)
 
 

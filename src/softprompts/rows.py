@@ -1,4 +1,4 @@
-"""Which prompt does each row of a batch use? The one mechanism behind serving, multi-task training and ensembles."""
+"""Which prompt does each row of a batch use? The one mechanism behind serving, populations and ensembles."""
 
 from __future__ import annotations
 
@@ -107,8 +107,12 @@ class Selection:
         return prompts if width else None, changed
 
 
-def select(methods: Mapping[str, SoftPrompt], names: Sequence[str], batch: int) -> Selection | None:
-    """Return the selection for `names`, one per row or per `batch / len(names)` rows (beams); None if all are base.
+def select(
+    methods: Mapping[str, SoftPrompt], names: Sequence[str], batch: int, beams: bool = False
+) -> Selection | None:
+    """Return the selection for `names`, one per row; None if all are base.
+
+    With `beams`, several rows may stand for each name: the first `batch / len(names)` rows for the first, and so on.
 
     Raises:
         UsageError: an unknown name, or a number of names that does not divide the batch.
@@ -118,7 +122,7 @@ def select(methods: Mapping[str, SoftPrompt], names: Sequence[str], batch: int) 
             known = [*methods, BASE]
             raise UsageError(f"no adapter '{name}'{suggest(name, known)} (known: {', '.join(known)})")
     repeats, rest = divmod(batch, len(names)) if names else (0, 1)
-    if rest or not repeats:
+    if rest or not repeats or (repeats > 1 and not beams):
         raise UsageError(f"{len(names)} adapter names for a batch of {batch} rows; give one name per row")
     rows: dict[str, list[int]] = {}
     for row in range(batch):

@@ -53,8 +53,10 @@ def position_limit(model: Any) -> int | None:
     config: Any = model.config
     limit = getattr(config, "max_position_embeddings", None)
     rotary = any(getattr(config, key, None) is not None for key in ("rope_parameters", "rope_scaling", "rope_theta"))
-    if limit is None or rotary:
+    if limit is None or rotary or limit <= 0:
         return None
     # RoBERTa-like tables keep their first rows for padding.
-    reserved = config.pad_token_id + 1 if "roberta" in str(config.model_type) else 0
-    return limit - reserved
+    tables = (m for name, m in model.base_model.named_modules() if name.endswith("position_embeddings"))
+    first = next(tables, None)
+    padding = getattr(first, "padding_idx", None)
+    return limit if padding is None else limit - padding - 1

@@ -222,7 +222,7 @@ def lora(case: Case) -> LoraConfig:
 def with_lora(case: Case) -> Any:
     """Return the model with a LoRA far from zero, as a PeftModel."""
     base = case.base()
-    return scattered(base, lambda: get_peft_model(base, lora(case)).eval(), seed=6, spread=0.5)
+    return scattered(base, lambda: get_peft_model(base, lora(case), "queries").eval(), seed=6, spread=0.5)
 
 
 @contextmanager
@@ -246,10 +246,20 @@ def check_both(case: Case, network: Any) -> None:
     assert any("lora_" not in name for name in names), "the prompt does not train"
 
 
-@call("prompt on a LoRA PeftModel", "nested get_peft_model: logits = prompt on the merged model; both train")
+@call(
+    "prompt on a LoRA PeftModel",
+    "nested get_peft_model: logits = prompt on the merged model; both train; each saved and loaded: logits equal",
+)
 def check_nested(case: Case, folder: Path) -> None:
     with on_purpose():
-        check_both(case, case.peft(with_lora(case)))
+        below = with_lora(case)
+        above = case.peft(below)
+        check_both(case, above)
+        expected = run(case, above.eval(), *batch())
+        below.save_pretrained(str(folder / "below"), selected_adapters=["queries"])
+        above.save_pretrained(str(folder / "above"), selected_adapters=["default"])
+        again = PeftModel.from_pretrained(case.base(), str(folder / "below" / "queries"), "queries")
+        same(run(case, PeftModel.from_pretrained(again, str(folder / "above")).eval(), *batch()), expected, "reloaded")
 
 
 @call("prompt injected into a LoRA PeftModel", "inject_adapter_in_model: the same")
@@ -269,7 +279,7 @@ def check_injected(case: Case, folder: Path) -> None:
 def check_native_both(case: Case, folder: Path) -> None:
     base = case.base()
     with on_purpose():
-        scattered(base, lambda: base.add_adapter(lora(case), "lora"), seed=6, spread=0.5)
+        scattered(base, lambda: base.add_adapter(lora(case), "queries"), seed=6, spread=0.5)
         scattered(base, lambda: base.add_adapter(case.config(), "prompt"), seed=3)
-        base.set_adapter(["lora", "prompt"])
+        base.set_adapter(["queries", "prompt"])
         check_both(case, base.eval())
