@@ -84,7 +84,7 @@ def test_a_compiled_step_is_one_graph_for_all_lengths(model: str, folders: dict[
 
 def test_bf16_learns_like_fp32(tmp_path: Path) -> None:
     """200 steps on t5-nano: the prompt and the optimizer are fp32, only the backbone is not."""
-    more = ("train.steps=200", "train.eval_every=200", "data.max_source_tokens=16", "train.batch_size=2")
+    more = ("train.steps=200", "train.eval_every=200", "data.max_source_tokens=12", "train.batch_size=1")
     more += ("data.validation_limit=4", "data.test_limit=4")
     means = {}
     for dtype in ("fp32", "bf16"):
@@ -93,5 +93,5 @@ def test_bf16_learns_like_fp32(tmp_path: Path) -> None:
         found = torch.tensor(losses(tmp_path / dtype)).view(4, 50)
         means[dtype] = found.mean(1)
     assert means["fp32"][-1] < 0.7 * means["fp32"][0], "something was learned"
-    # Means over 50 steps of 2 rows; two runs in fp32 with other seeds differ by more.
+    # Means over 50 steps of a row; two runs in fp32 with other seeds differ by more.
     assert_close(means["bf16"], means["fp32"], atol=0.05, rtol=0.1)
