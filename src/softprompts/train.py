@@ -30,6 +30,8 @@ from softprompts.loss import LabelledOnly, summed_loss
 from softprompts.member import Member
 from softprompts.population import Halving, check_fit
 
+CHUNK_ROWS = 64
+"""Most rows of several members in one pass on a CPU."""
 LOG_EVERY = 10
 """Losses are looked at every so many steps: each look waits for the accelerator."""
 
@@ -262,18 +264,14 @@ class Run:
         sums = torch.zeros(len(training), device=self.accelerator.device)
         for number in range(pieces):
             parts = [piece(share, plan.accumulate, number) for share in shares]
-            with nullcontext() if number == pieces - 1 else self.accelerator.no_sync(self.model):
-                losses = self.losses(training, parts)
-                # Divided by the whole batch, so that pieces and processes add up to the mean of the batch.
-                scaled = [
-                    loss * count * processes / total
-                    for loss, count, total in zip(losses, counts, totals, strict=True)
-                    if loss is not None
-                ]
-                self.accelerator.backward(sum(scaled[1:], scaled[0]))
-            for index, (loss, count) in enumerate(zip(losses, counts, strict=True)):
-                if loss is not None:
-                    sums[index] += loss.detach() * count
+            for chunk in self.chunks(training, parts):
+                with nullcontext() if number == pieces - 1 else self.accelerator.no_sync(self.model):
+                    losses = self.losses([training[i] for i in chunk], [parts[i] for i in chunk])
+                    # Divided by the whole batch, so that pieces and processes add up to the mean of the batch.
+                    scaled = [loss * counts[i] * processes / totals[i] for i, loss in zip(chunk, losses, strict=True)]
+                    self.accelerator.backward(sum(scaled[1:], scaled[0]))
+                for i, loss in zip(chunk, losses, strict=True):
+                    sums[i] += loss.detach() * counts[i]
         sums = self.accelerator.reduce(sums)
         for index, (member, chosen) in enumerate(zip(training, whole, strict=True)):
             member.state.tokens += sum(len(member.splits["train"].sources[i]) for i in chosen)
@@ -281,8 +279,26 @@ class Run:
             member.update()
         self.progress.advance(1)
 
-    def losses(self, training: Sequence[Member], parts: Sequence[list[int]]) -> list[Tensor | None]:
-        """Return each member's summed loss on its rows, None without rows; the backbone runs once."""
+    def chunks(self, training: Sequence[Member], parts: Sequence[list[int]]) -> list[list[int]]:
+        """Return which members go through the backbone together, by number; those without rows are left out.
+
+        An accelerator takes all at once. A CPU is no faster on larger batches, and slower on those beyond its caches:
+        there a chunk has `CHUNK_ROWS` rows, of members whose texts are of similar length.
+        """
+        busy = [i for i, part in enumerate(parts) if part]
+        if len(busy) == 1 or self.accelerator.device.type != "cpu":
+            return [busy]
+        longest = {i: max(len(training[i].splits["train"].sources[row]) for row in parts[i]) for i in busy}
+        found: list[list[int]] = []
+        for i in sorted(busy, key=lambda i: longest[i]):
+            if found and sum(len(parts[j]) for j in (*found[-1], i)) <= CHUNK_ROWS:
+                found[-1].append(i)
+            else:
+                found.append([i])
+        return found
+
+    def losses(self, training: Sequence[Member], parts: Sequence[list[int]]) -> list[Tensor]:
+        """Return each member's summed loss on its rows; the backbone runs once."""
         rows = Rows.together([member.splits["train"].pick(part) for member, part in zip(training, parts, strict=True)])
         inputs, labels = self.encoder.batch(rows, range(len(rows)))
         inputs, labels = to_device(inputs, self.backbone.model), labels.to(self.accelerator.device)
@@ -302,7 +318,7 @@ class Run:
         targets = labels if seen is None else labels[seen]
         sizes = [int(count.sum()) for count in of_rows.split([len(part) for part in parts])]
         pairs = zip(logits.split(sizes), targets.split(sizes), strict=True)
-        return [summed_loss(*pair) if part else None for part, pair in zip(parts, pairs, strict=True)]
+        return [summed_loss(*pair) for pair in pairs]
 
     def log(self, training: Sequence[Member]) -> None:
         """Write the losses since the last look; SoftPromptsError if one is not a number."""
