@@ -47,22 +47,42 @@ def save_adapter(
         raise UsageError("this model's prompts belong to PEFT, and so do their heads; use its save_pretrained(folder)")
     method = adapters.method(name)
     config = adapters.configs[name or str(adapters.active)]
-    tensors = {f"{OWN}{key}": value for key, value in method.state_dict().items()}
-    for head in adapters.heads:
-        state = model.get_submodule(head).state_dict()
-        tensors |= {f"{ROOT}{head}.{key}": value for key, value in state.items()}
+    heads = {
+        f"{ROOT}{head}.{key}": value
+        for head in adapters.heads
+        for key, value in model.get_submodule(head).state_dict().items()
+    }
     entries = {
-        "peft_type": PEFT_TYPE,
         "task_type": None,
         "base_model_name_or_path": getattr(model.config, "_name_or_path", None) or None,
-        "inference_mode": True,
         "modules_to_save": list(adapters.heads) or None,
-        "width": adapters.width,
-        "softprompt": config.to_dict(),
         **(about or {}),
     }
+    return write_adapter(folder, config, adapters.width, method, heads, entries)
+
+
+def write_adapter(
+    folder: str | Path,
+    config: MethodConfig,
+    width: int,
+    method: SoftPrompt,
+    heads: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+) -> Path:
+    """Write an adapter with or without a model: its tensors, the head's (by their full keys), config and card.
+
+    Raises:
+        SoftPromptsError: the disk refuses.
+    """
+    entries = {
+        "peft_type": PEFT_TYPE,
+        "inference_mode": True,
+        "width": width,
+        "softprompt": config.to_dict(),
+        **about,
+    }
     folder = Path(folder)
-    write_tensors(folder / WEIGHTS_FILE, tensors)
+    write_tensors(folder / WEIGHTS_FILE, {**{f"{OWN}{k}": v for k, v in method.state_dict().items()}, **heads})
     write_text(folder / CONFIG_FILE, json.dumps(entries, indent=2) + "\n")
     write_card(folder, entries)
     return folder

@@ -135,7 +135,7 @@ class Hooks:
             call.cut = prompt.shape[1]
             embeds, mask = torch.cat([prompt, embeds], 1), selection.extended(mask)
             if types is not None:
-                types = torch.cat([types.new_zeros(len(types), call.cut), types], 1)
+                types = extended_types(types, call.cut)
             if selection.mixed:
                 # Prompts of several lengths: each row begins at the first position, as it would alone.
                 call.packed = (mask == 0).int().argsort(dim=1, stable=True)
@@ -193,8 +193,7 @@ class Hooks:
         if "position_ids" in kwargs:
             kwargs["position_ids"] = positions(mask)[:, -embeds.shape[1] :]
         if kwargs.get("token_type_ids") is not None and call.cut:
-            types = kwargs["token_type_ids"]
-            kwargs["token_type_ids"] = torch.cat([types.new_zeros(len(types), call.cut), types], 1)
+            kwargs["token_type_ids"] = extended_types(kwargs["token_type_ids"], call.cut)
         return (), kwargs
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -265,8 +264,7 @@ class Hooks:
         if prompt is not None:
             embeds = torch.cat([prompt, embeds], 1)
             if kwargs.get("token_type_ids") is not None:
-                types = kwargs["token_type_ids"]
-                kwargs["token_type_ids"] = torch.cat([types.new_zeros(len(types), prompt.shape[1]), types], 1)
+                kwargs["token_type_ids"] = extended_types(kwargs["token_type_ids"], prompt.shape[1])
         count_text(model, kwargs, text)
         kwargs.pop("position_ids", None)  # they follow from the mask
         # Prompt lookup crops the cache to the length of the ids, which must then be the length of the embeddings.
@@ -359,6 +357,11 @@ def sorted_by(order: Tensor, values: Any) -> Any:
     if values is None:
         return None
     return values.gather(1, order if values.dim() == 2 else order.unsqueeze(-1).expand_as(values))
+
+
+def extended_types(types: Tensor, length: int) -> Tensor:
+    """Put the prompt's token types, 0, before those (B, T) of the text."""
+    return torch.cat([types.new_zeros(len(types), length), types], 1)
 
 
 def ones_for(embeds: Tensor, length: int | None = None) -> Tensor:

@@ -13,12 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from softprompts.backbone import embedded_name
-from softprompts.card import write_card
-from softprompts.checkpoint import CONFIG_FILE, OWN, PEFT_TYPE, WEIGHTS_FILE, write_tensors
-from softprompts.core import MethodConfig, SoftPrompt
+from softprompts.checkpoint import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE, write_adapter
 from softprompts.errors import UsageError
 from softprompts.export import new_folder
-from softprompts.files import write_text
 from softprompts.methods.prompt_tuning import PromptTuningConfig
 
 OLD_WEIGHTS_FILE = "adapter_model.bin"
@@ -60,17 +57,13 @@ def import_prompt_tuning(
     method = config.build(table.shape[1])
     method.load_state_dict({"prompt.vectors": table})
     base = model or entries.get("base_model_name_or_path")
-    write_adapter(
-        out,
-        config,
-        method,
-        {
-            "task_type": entries.get("task_type"),
-            "base_model_name_or_path": base and embedded_name(base),
-            "revision": None if model else entries.get("revision"),
-        },
-    )
-    return out
+    about = {
+        "task_type": entries.get("task_type"),
+        "base_model_name_or_path": base and embedded_name(base),
+        "modules_to_save": None,
+        "revision": None if model else entries.get("revision"),
+    }
+    return write_adapter(out, config, table.shape[1], method, {}, about)
 
 
 def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -124,19 +117,3 @@ def task_factor(tensors: Mapping[str, Tensor], task_id: int | None, folder: Path
     if task_id is not None and not 0 <= task_id < len(columns):
         raise UsageError(f"--task-id {task_id}: {folder} holds tasks 0 to {len(columns) - 1}")
     return columns[task_id or 0] @ rows[task_id or 0]
-
-
-def write_adapter(out: Path, config: MethodConfig, method: SoftPrompt, about: Mapping[str, Any]) -> None:
-    """Write an adapter without its backbone, in the layout of `save_adapter`."""
-    vectors: Any = next(iter(method.parameters()))
-    entries = {
-        "peft_type": PEFT_TYPE,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "width": vectors.shape[-1],
-        "softprompt": config.to_dict(),
-        **about,
-    }
-    write_tensors(out / WEIGHTS_FILE, {f"{OWN}{key}": value for key, value in method.state_dict().items()})
-    write_text(out / CONFIG_FILE, json.dumps(entries, indent=2) + "\n")
-    write_card(out, entries)

@@ -69,7 +69,8 @@ def find(
     outcome = {"asked": settings.model_dump(mode="json"), "count": count, "chosen": None}
     begun = time.perf_counter()
     steps = steps_per_rung(settings, count)
-    trials = [trial(one, steps) for one in candidates(settings, count)]
+    tried = candidates(settings, count)
+    trials = [trial(one, steps) for one in tried]
     write_text(file, json.dumps(outcome, indent=2) + "\n")
     outs = [folder / f"trial-{number}" for number in range(count)]
     halving = Halving(tuple(range(1, RUNGS)), least=2)
@@ -79,7 +80,7 @@ def find(
     # Candidates that were dropped saw fewer steps: the winner is one of those that saw them all.
     last = max(record["steps_done"] for record in records)
     best = max((n for n in range(count) if records[n]["steps_done"] == last), key=lambda n: scores[n])
-    chosen = candidates(settings, count)[best]
+    chosen = tried[best]
     outcome |= {
         "chosen": best,
         "metric": metric,

@@ -142,9 +142,7 @@ def run_sweep(
             begun = any((out / run.name / results.RECORD).exists() for run in group)
             drop = Halving(ROUNDS) if halving and len(group) > 1 else None
             resume = begun and not overwrite
-            records |= run_group(
-                group, out, most=most, halving=drop, resume=resume, overwrite=overwrite, progress=progress
-            )
+            records |= run_group(group, out, halving=drop, resume=resume, overwrite=overwrite, progress=progress)
     return summary(planned, records)
 
 
@@ -152,27 +150,23 @@ def run_group(
     group: Sequence[Planned],
     out: Path,
     *,
-    most: int = MEMBERS,
     halving: Halving | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Run some runs, together where they fit, and return their records by name."""
+    """Train one of the `groups` together and return the records by name."""
     from softprompts.train import train_together
 
-    records: dict[str, dict[str, Any]] = {}
-    for fitting in groups(group, most):
-        made = train_together(
-            [run.settings for run in fitting],
-            [out / run.name for run in fitting],
-            resume=resume,
-            overwrite=overwrite,
-            halving=halving,
-            progress=progress,
-        )
-        records |= {run.name: record for run, record in zip(fitting, made, strict=True)}
-    return records
+    made = train_together(
+        [run.settings for run in group],
+        [out / run.name for run in group],
+        resume=resume,
+        overwrite=overwrite,
+        halving=halving,
+        progress=progress,
+    )
+    return {run.name: record for run, record in zip(group, made, strict=True)}
 
 
 def finished(folder: Path, settings: RunSettings) -> dict[str, Any] | None:

@@ -115,11 +115,13 @@ def _train_seeds(runs: dict[int, RunSettings], out: Path | None, resume: bool, o
         check_folder(folder, resume, overwrite)
 
     from softprompts.progress import make_progress
-    from softprompts.sweep import Planned, run_group
+    from softprompts.sweep import MEMBERS, Planned, groups, run_group
 
     planned = [Planned(f"seed-{seed}", settings, {"seed": seed}) for seed, settings in runs.items()]
+    done: dict[str, dict[str, Any]] = {}
     with make_progress(messages(), f"{len(runs)} seeds") as progress:
-        done = run_group(planned, out, resume=resume, overwrite=overwrite, progress=progress)
+        for group in groups(planned, MEMBERS):
+            done |= run_group(group, out, resume=resume, overwrite=overwrite, progress=progress)
     records = [{"folder": str(folders[seed]), **done[f"seed-{seed}"]} for seed in runs]
     summary: dict[str, dict[str, Any]] = {"validation": {}, "test": {}}
     for split, metrics in summary.items():
