@@ -20,7 +20,7 @@ from common import RESULTS, markdown
 
 PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
 BLOCK = re.compile(r"(<!-- speed:(\w+) -->\n).*?(<!-- /speed -->)", re.DOTALL)
-NAMES = ("train_step", "decoder_step", "memory", "population", "mixed_serving", "scaling")
+NAMES = ("train_step", "decoder_step", "memory", "population", "mixed_serving", "default_run", "start_up", "scaling")
 
 
 def record_of(name: str) -> dict[str, Any] | None:

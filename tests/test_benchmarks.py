@@ -25,6 +25,7 @@ ROWS = {
     "population": {"seconds", "relative_to_alone"},
     "mixed_serving": {"seconds", "faster_than_rows", "faster_than_tasks"},
     "scaling": {"seconds", "time_to_first"},
+    "start_up": {"seconds", "to_peer"},
     "memory": {"peak_mib", "peak_to_ours", "kept_mib", "kept_to_ours"},
 }
 """The measured figures of each benchmark's rows."""
@@ -59,8 +60,7 @@ def test_a_quick_run_says_what_it_promises(name: str, load: Any, tmp_path: Path,
     assert all(len(line) == len(columns) for line in cells) and all(cell in printed for cell in cells[0])
     text = place.read_text()
     assert str(Path.home()) not in text and str(tmp_path) not in text
-    if name != "memory":
-        assert record["checks"] or name == "scaling"
+    assert record["checks"] or name in ("memory", "scaling", "start_up")
     for key, apart in checks(record["checks"]):
         if key == "same_tokens":
             assert apart == 1.0
@@ -68,6 +68,21 @@ def test_a_quick_run_says_what_it_promises(name: str, load: Any, tmp_path: Path,
             assert apart > 100 * ROUNDING, "with another adapter the answers are others"
         else:
             assert apart < ROUNDING, key
+
+
+def test_a_default_run_says_what_evaluating_took(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    script, place = load("default_run"), tmp_path / "record.json"
+    record = script.main(["--quick", "--json", str(place)])
+    (row,) = record["rows"]
+    assert row["steps"] == 2 and row["of_test_rows"] == row["test_rows"] == 4 and row["with_search"] is None
+    assert row["eval_share"] == pytest.approx(row["eval_seconds"] / (row["eval_seconds"] + row["train_seconds"]), 0.01)
+    assert "demo/request (rank)" in capsys.readouterr().out
+    monkeypatch.setattr(script, "find", lambda settings, count, folder: (settings, {"seconds": 3.0}))
+    settings = script.resolve(None, [("task", "demo/request"), *script.QUICK.items()])
+    found = script.one_run(settings, tmp_path, 2)
+    assert found["with_search"] == pytest.approx(1 + 3.0 / (found["train_seconds"] + found["eval_seconds"]), 0.02)
 
 
 def checks(found: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -1,4 +1,4 @@
-"""Answers cost one pass over the text: ranking equals a pass per word, generation stops, evaluations are limited."""
+"""Answers cost one pass over the text: ranking equals a pass per word, generation stops."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +15,17 @@ from transformers.modeling_outputs import BaseModelOutput
 from softprompts import evaluate
 from softprompts.attach import attach, remembering
 from softprompts.backbone import decoder_start, load_backbone
-from softprompts.config import ModelSettings, TrainSettings, parse_assignment, resolve
+from softprompts.config import ModelSettings, parse_assignment, resolve
 from softprompts.data import Encoder, Rows
 from softprompts.errors import UsageError
 from softprompts.evaluate import (
-    ROW_COST,
     batches_for,
     log_likelihood,
     rank_causal,
     rank_seq2seq,
     rank_whole,
-    scored_rows,
     scoring_for,
 )
-from softprompts.loop import Progress
 from softprompts.registry import method_config
 from softprompts.tasks import Example, get_task
 from softprompts.train import train
@@ -246,14 +243,10 @@ def test_beams_count_in_batches_and_costs() -> None:
     short = Rows([], [[5]] * 300, [[1]] * 300, [0.0] * 300, 0)
     assert len(batches_for(build("llama"), short, None)[0]) == 256
     assert len(batches_for(build("llama"), short, None, beams=4)[0]) == 64
-    assert counts("eval.scoring=generate", "eval.beams=2")[:2] == (round(160 / (0.5 + 0.03 * 8 * 2)),) * 2
-
-
-# ------------------------------------------------------------------------------ how much is scored
 
 
 def splits_of(train: int = 4000, validation: int = 1000, test: int = 5000, length: int = 20) -> dict[str, Rows]:
-    """Splits of two classes, a quarter of the rows in the second."""
+    """Splits of two classes, a quarter of the rows in the second; how much of them is scored is in test_budget."""
 
     def rows(count: int) -> Rows:
         examples = [Example("x", "0", (), label=int(i % 4 == 0)) for i in range(count)]
@@ -262,77 +255,7 @@ def splits_of(train: int = 4000, validation: int = 1000, test: int = 5000, lengt
     return {"train": rows(train), "validation": rows(validation), "test": rows(test)}
 
 
-def counts(*more: str, kind: str = "seq2seq", **sizes: int) -> tuple[int, int, list[str]]:
-    """Return the rows scored in training and without a prompt, and the notes."""
-    settings = resolve(None, [parse_assignment(text) for text in ("task=glue/sst2", *more)])
-    splits = splits_of(**sizes)
-    chosen, notes = scored_rows(settings, encoder_of(build("t5"), kind), splits)
-    for rows in chosen.values():
-        assert sum(e.label or 0 for e in rows.examples) == pytest.approx(len(rows) / 4, abs=1)
-    return len(chosen["validation"]), len(chosen["untuned"]), notes
-
-
-def test_evaluations_cost_a_tenth_of_the_training() -> None:
-    validation, untuned, notes = counts()
-    assert validation == untuned == 320
-    evaluations = TrainSettings().steps // TrainSettings().eval_steps()
-    spent = ROW_COST * (evaluations * validation + untuned)
-    trained = TrainSettings().steps * TrainSettings().batch_size
-    assert spent <= 0.11 * trained and spent / (spent + trained) < 0.1
-    assert notes == [
-        "validation scores in training are of 320 of 1,000 rows, a fixed choice (eval.validation_rows)",
-        "the untuned backbone is scored on 320 of 5,000 test rows",
-        "scoring the 5,000 test rows will cost as much as 156 of 1,000 steps",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        (["train.steps=20"], (128, 128)),
-        (["train.steps=100000"], (1000, 5000)),
-        (["train.batch_size=32"], (640, 640)),
-        (["eval.validation_rows=50"], (50, 320)),
-        (["eval.validation_rows=5000"], (1000, 320)),
-        (["data.protocol=paper"], (1000, 5000)),
-        (["data.protocol=paper", "eval.validation_rows=300"], (300, 5000)),
-        (["data.validation_limit=1000"], (1000, 320)),
-        (["data.test_limit=5000"], (320, 5000)),
-        (["eval.scoring=generate"], (round(160 / (0.5 + 0.03 * 8)),) * 2),
-    ],
-)
-def test_how_many_rows_are_scored(settings: list[str], expected: tuple[int, int]) -> None:
-    assert counts(*settings)[:2] == expected
-
-
-def test_small_splits_are_scored_whole_and_silently() -> None:
-    assert counts(validation=138, test=139) == (138, 139, [])
-    notes = counts("eval.untuned=false", test=800)[2]
-    assert len(notes) == 1 and notes[0].startswith("validation scores")
-
-
-def test_longer_texts_cost_more() -> None:
-    settings = resolve(None, [("task", "glue/sst2")])
-    splits = splits_of() | {"validation": splits_of(length=100)["validation"]}
-    assert len(scored_rows(settings, encoder_of(build("t5"), "seq2seq"), splits)[0]["validation"]) == 160
-
-
 def test_batches_follow_the_device_unless_said() -> None:
     network, rows = prompted("llama", "accept"), splits_of(validation=300)["validation"]
     assert {len(batch) for batch in batches_for(network, rows, None)} == {2048 // 25, 300 % (2048 // 25)}
     assert [len(batch) for batch in batches_for(network, rows, 200)] == [200, 100]
-
-
-def test_a_run_says_what_it_scored(tmp_path: Path) -> None:
-    own = ["task=demo/mood", "model.dtype=fp32", "method={name='accept', prompt_length=6, budget_tokens=16}",
-           "data.train_limit=16", "train.batch_size=4", "train.steps=2", "eval.validation_rows=24"]  # fmt: skip
-    notes: list[str] = []
-
-    class Listen(Progress):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-    record = train(resolve(None, [parse_assignment(text) for text in own]), tmp_path, progress=Listen())
-    assert record["scores"]["validation"]["n"] == 24 and record["scores"]["test"]["n"] == 120
-    assert record["baselines"]["untuned"]["n"] == 120 and record["data"]["sizes"]["validation"] == 80
-    assert any("of 24 of 80 rows" in note for note in notes)

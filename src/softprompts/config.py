@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -149,13 +149,17 @@ class EvalSettings(Settings):
     """Beams of the search for generated answers; 1 = greedy, as the papers. Costs about as many times as much."""
     batch_size: int | None = Field(None, ge=1)
     """Rows of one evaluation batch. None = as many as the device is fast with, by their lengths."""
-    validation_rows: int | None = Field(None, ge=1)
-    """Validation rows scored in training, a fixed choice with every class in its share. None = as many as cost about a
-    tenth of the training between two evaluations, at least 128; all with the paper protocol or a set
+    validation_rows: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
+    """Validation rows scored in training, a fixed choice with every class in its share. None = as many as cost, all
+    evaluations together, a twentieth of the training, at least 64; all with the paper protocol or a set
     data.validation_limit."""
+    test_rows: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
+    """Test rows scored at the end, a fixed choice likewise. None = as many as cost a twenty-fifth of the training, at
+    least 500; all with the paper protocol or a set data.test_limit. A longer run scores more of a large split, and
+    `softprompts eval` all of it."""
     untuned: bool = True
-    """Also score the backbone without a prompt, on the test split; of a large one on as many rows as cost a hundredth
-    of the training, at least 128 (all with the paper protocol or a set data.test_limit)."""
+    """Also score the backbone without a prompt, on the test rows; of many on as many as cost a hundredth of the
+    training, at least 64 (all with the paper protocol or a set data.test_limit)."""
 
 
 class RunSettings(Settings):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from softprompts.attach import adapters_of, remembering
 from softprompts.backbone import Backbone, decoder_start
-from softprompts.config import RunSettings
-from softprompts.data import IGNORED, Encoder, Rows, eval_batches, pad, spread
+from softprompts.data import IGNORED, Encoder, Rows, eval_batches, pad
 from softprompts.errors import UsageError
 from softprompts.loss import hide_answer
 from softprompts.shapes import SLOT
@@ -30,14 +29,6 @@ BATCH_SLOTS = {"cpu": 2_048, "accelerator": 8_192}
 """Slots of an evaluation batch, prompt and padding counted: a processor is slower with more, it leaves its caches."""
 BATCH_ROWS = 256
 """Most rows of an evaluation batch whose size is automatic."""
-TRAINING_SHARE = 0.1
-"""Of the cost of training, what evaluating on the validation split may cost; the untuned backbone a tenth of that."""
-LEAST_ROWS = 128
-"""Fewer rows say too little, whatever they cost."""
-ROW_COST, TOKEN_COST = 0.5, 0.03
-"""Cost of a row scored, and of a token generated for it, in rows trained (measured: 0.4 to 0.5)."""
-USUAL_PROMPT = 60
-"""Slots of a row beside its text, in estimates that must not differ among runs compared with each other."""
 
 
 @dataclass
@@ -154,56 +145,6 @@ def batches_for(model: Any, rows: Rows, batch_size: int | None, beams: int = 1) 
     attached = adapters_of(model).methods() if hasattr(model, SLOT) else {}
     prompt = max((method.length for method in attached.values()), default=0)
     return eval_batches([(length + prompt) * beams for length in lengths], max(1, BATCH_ROWS // beams), slots)
-
-
-def scored_rows(
-    settings: RunSettings, encoder: Encoder, splits: Mapping[str, Rows]
-) -> tuple[dict[str, Rows], list[str]]:
-    """Return what a run scores of its validation split (`validation`) and without a prompt (`untuned`), and notes.
-
-    Whole splits, unless they would cost more than their share of the training; a pure function of settings and data.
-    """
-    data, plan = settings.data, settings.train
-    between = plan.eval_steps() * plan.batch_size
-    validation, test = splits["validation"], splits["test"]
-    wanted = settings.eval.validation_rows
-    if wanted is None and data.protocol != "paper" and data.validation_limit is None:
-        wanted = affordable(settings, encoder, TRAINING_SHARE * between, splits["train"], validation)
-    bare = None
-    if data.protocol != "paper" and data.test_limit is None:
-        bare = affordable(settings, encoder, TRAINING_SHARE**2 * plan.steps * plan.batch_size, splits["train"], test)
-    chosen = {
-        "validation": validation if wanted is None else validation.pick(spread(validation.examples, wanted)),
-        "untuned": test if bare is None else test.pick(spread(test.examples, bare)),
-    }
-    notes = []
-    if len(chosen["validation"]) < len(validation):
-        notes.append(
-            f"validation scores in training are of {len(chosen['validation']):,} of {len(validation):,} rows, a fixed "
-            f"choice (eval.validation_rows)"
-        )
-    if settings.eval.untuned and encoder.backbone.kind != "classification" and len(chosen["untuned"]) < len(test):
-        notes.append(f"the untuned backbone is scored on {len(chosen['untuned']):,} of {len(test):,} test rows")
-    steps = round(cost_in_rows(settings, encoder, splits["train"], test) * len(test) / plan.batch_size)
-    if steps > TRAINING_SHARE * plan.steps:
-        notes.append(f"scoring the {len(test):,} test rows will cost as much as {steps:,} of {plan.steps:,} steps")
-    return chosen, notes
-
-
-def affordable(settings: RunSettings, encoder: Encoder, budget: float, train: Rows, scored: Rows) -> int | None:
-    """Return how many rows can be scored for the cost of `budget` rows trained; None if all."""
-    count = max(LEAST_ROWS, round(budget / cost_in_rows(settings, encoder, train, scored)))
-    return count if count < len(scored) else None
-
-
-def cost_in_rows(settings: RunSettings, encoder: Encoder, train: Rows, scored: Rows) -> float:
-    """Estimate what scoring a row costs, in rows trained, from the lengths alone: a resumed run must choose alike."""
-    plan = settings.eval
-    scoring = scoring_for(encoder.backbone, encoder.task, settings.data.protocol, plan.scoring, plan.beams)
-    # A few shots are no measure of usual lengths, and draws compared with each other must score the same rows.
-    typical = train if settings.data.shots is None else scored
-    own, usual = (sum(map(len, rows.sources)) / len(rows) + USUAL_PROMPT for rows in (scored, typical))
-    return ROW_COST * own / usual + TOKEN_COST * (encoder.max_target * plan.beams if scoring == "generate" else 0)
 
 
 def to_device(inputs: dict[str, Any], model: Any) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from softprompts.population import Halving
 
 CHUNK_ROWS = 64
 """Most rows of several members in one pass on a CPU."""
+PASS_SLOTS = 128
+"""Slots of padding that a pass less is worth there: what a pass of t5-nano costs beside its rows, roughly."""
 LOG_EVERY = 10
 """Losses are looked at every so many steps: each look waits for the accelerator."""
 
@@ -142,7 +144,7 @@ class Run:
         """Return which members go through the backbone together, by number; those without rows are left out.
 
         An accelerator takes all at once. A CPU is no faster on larger batches, and slower on those beyond its caches:
-        there a chunk has `CHUNK_ROWS` rows, of members whose texts are of similar length.
+        there a chunk has `CHUNK_ROWS` rows, of members whose texts are about equally long.
         """
         busy = [i for i, part in enumerate(parts) if part]
         if len(busy) == 1 or self.accelerator.device.type != "cpu":
@@ -150,8 +152,11 @@ class Run:
         longest = {i: max(len(training[i].splits["train"].sources[row]) for row in parts[i]) for i in busy}
         found: list[list[int]] = []
         for i in sorted(busy, key=lambda i: longest[i]):
-            if found and sum(len(parts[j]) for j in (*found[-1], i)) <= CHUNK_ROWS:
-                found[-1].append(i)
+            joined = [*found[-1], i] if found else [i]
+            rows = sum(len(parts[j]) for j in joined)
+            padding = rows * longest[i] - sum(len(parts[j]) * longest[j] for j in joined)
+            if found and rows <= CHUNK_ROWS and padding <= PASS_SLOTS * (len(joined) - 1):
+                found[-1] = joined
             else:
                 found.append([i])
         return found
@@ -322,9 +327,9 @@ class Run:
             begun = time.perf_counter()
             self.progress.phase("test", len(member.splits["test"]))
             test = self.evaluate(member, "test", self.progress.advance)
-            data, protocol = member.data, member.settings.data.protocol
-            task = member.encoder.task
-            baselines = {"majority": majority(task, data.train, data.test, protocol)}
+            task, protocol = member.encoder.task, member.settings.data.protocol
+            examples = member.splits["test"].examples
+            baselines = {"majority": majority(task, member.data.train, examples, protocol)}
             if member.settings.eval.untuned and self.backbone.kind != "classification":
                 if task.name not in untuned:
                     self.progress.phase("untuned", len(member.splits["untuned"]))
@@ -336,7 +341,7 @@ class Run:
                     member.out,
                     (
                         {"source": example.source, "target": example.target, "prediction": prediction}
-                        for example, prediction in zip(data.test, test.predictions, strict=True)
+                        for example, prediction in zip(examples, test.predictions, strict=True)
                     ),
                 )
             records.append(member.finished(test, baselines, len(self.members)))

@@ -26,12 +26,13 @@ from torch import Tensor
 from softprompts import results
 from softprompts.attach import adapters_of, attach, using
 from softprompts.backbone import Backbone, default_device, load_backbone
+from softprompts.budget import scored_rows
 from softprompts.checkpoint import ROOT, adapter_folder, load_adapter, write_adapter
 from softprompts.config import RunSettings
 from softprompts.core import MethodConfig, SoftPrompt
 from softprompts.data import load_data, make_encoder, truncation_notes
 from softprompts.errors import SoftPromptsError, UsageError
-from softprompts.evaluate import Evaluation, scored_rows
+from softprompts.evaluate import Evaluation
 from softprompts.loop import Progress, Run
 from softprompts.member import Member
 from softprompts.train import carry_out, unfinished
