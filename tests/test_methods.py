@@ -122,12 +122,12 @@ def test_warm_start_takes_each_part_from_its_own_source(model: str, tmp_path: Pa
         if name == "scpp":
             prompt = source.prompt_adapter.method().prompt.codebook()
         else:
-            offset = source.prompt_adapter.method().offset.table(24)
+            offset = source.prompt_adapter.method().offset.table(slice(24))
     network = build(model)
     both = {"prompt_from": str(tmp_path / "scpp"), "offset_from": str(tmp_path / "scap")}
     attach(network, config_of("accept", **both))
     method = network.prompt_adapter.method()
-    assert torch.equal(method.prompt.codebook(), prompt) and torch.equal(method.offset.table(24), offset)
+    assert torch.equal(method.prompt.codebook(), prompt) and torch.equal(method.offset.table(slice(24)), offset)
 
 
 def test_saved_adapter_does_not_need_its_source(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from test_train import KillAt, Killed, settings_of
 from tiny import LLAMA, WIDTH, WRITERS, build, config_of, forward, padded, prompted, scatter, text
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import Trainer, TrainingArguments
 
 from softprompts import results
 from softprompts.attach import adapters_of, attach, remembering
@@ -111,6 +112,31 @@ def test_the_answer_is_not_looked_at(model: str, name: str) -> None:
         assert_close(last(other, how), alone, atol=ROUNDING, rtol=0)
     assert (last(one, "not said") - last(other, "not said")).abs().max() > 1e-3, "the answer would show"
     assert adapters_of(network).hooks.answers == {}, "what is said holds for one call"
+
+
+@pytest.mark.parametrize("name", OF_THE_TEXT)
+def test_training_where_the_answer_is_not_said_is_refused(name: str) -> None:
+    network, ids = prompted("llama", name), text(3)
+    network.train()
+    with pytest.raises(UsageError, match="must not see the answer; pass labels"):
+        network(input_ids=ids)
+    network(input_ids=ids, labels=ids).loss.backward()
+    hide_answer(network, torch.ones(3, 2, dtype=torch.bool))
+    network(input_ids=ids)
+    with torch.no_grad():
+        network(input_ids=ids)
+    other = prompted("llama", "accept").train()
+    other(input_ids=ids).logits.sum().backward()
+
+
+def test_a_trainer_that_takes_the_labels_away_is_refused(tmp_path: Path) -> None:
+    network, rows = prompted("llama", "attempt"), [{"input_ids": ids, "labels": ids} for ids in text(4).tolist()]
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=1, label_smoothing_factor=0.1, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    collate = lambda rows: {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}  # noqa: E731
+    with pytest.raises(UsageError, match="label_smoothing_factor"):
+        Trainer(network, settings, train_dataset=rows, data_collator=collate).train()
 
 
 @pytest.mark.parametrize("name", OF_THE_TEXT)

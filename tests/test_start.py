@@ -87,6 +87,25 @@ def test_a_run_killed_in_a_stage_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_a_run_killed_after_its_stages_does_not_need_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(settings_for("target"), tmp_path / "whole")
+    step, out = Run.step, tmp_path / "killed"
+
+    def die(self: Run, training: Any) -> None:
+        if len(self.members) == 1 and training[0].state.step == 3:
+            raise KeyboardInterrupt
+        step(self, training)
+
+    monkeypatch.setattr(Run, "step", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings_for("target"), out)
+    monkeypatch.setattr(Run, "step", step)
+    shutil.rmtree(out / "start")
+    resumed = train(settings_for("target"), out, resume=True)
+    assert resumed["scores"] == whole["scores"] and resumed["start"] == whole["start"]
+    assert not (out / "start").exists(), "the stages are not trained again"
+
+
 def test_a_part_alone_keeps_its_size() -> None:
     config = method_config("accept")
     assert part_alone(config, "prompt", 768).num_trainable(768) == 44_160

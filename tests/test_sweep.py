@@ -78,7 +78,7 @@ def test_a_sweep_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert len(whole["runs"]) == 6 and all(row["status"] == "done" for row in whole["runs"])
     assert [entry["n"] for entry in whole["settings"]] == [3, 3]
     best = max(whole["settings"], key=lambda entry: entry["validation"]["mean"])
-    assert whole["best_by_validation"] == best
+    assert whole["best_by_validation"] == [best]
     with pytest.raises(Killed):
         # The second population has begun: 4 steps and 4 tests of 6 rows with one baseline, then 3 more steps.
         sweep.run_sweep(planned, tmp_path / "killed", most=4, progress=KillAt(4 + 5 * 6 + 3))
@@ -116,7 +116,23 @@ def test_draws_of_few_shots_are_repetitions_like_seeds(tmp_path: Path) -> None:
     assert of_four["validation"]["mean"] == pytest.approx(statistics.mean(scores))
     assert of_four["validation"]["sd"] == pytest.approx(statistics.stdev(scores))
     assert of_four["test"]["sd"] == pytest.approx(statistics.stdev(scores) / 2)
-    assert found["best_by_validation"] == found["settings"][1] and len(found["runs"]) == 12
+    assert found["best_by_validation"] == [found["settings"][1]] and len(found["runs"]) == 12
+
+
+def test_the_best_setting_is_found_for_each_task(tmp_path: Path) -> None:
+    lists = 'task = ["demo/mood", "demo/request"]\n"train.prompt_rate" = [0.1, 0.5]\nseed = [1, 2]\n'
+    planned = small(write(tmp_path, lists))
+    known = {("demo/mood", 0.1): 0.9, ("demo/mood", 0.5): 0.8, ("demo/request", 0.1): 0.3, ("demo/request", 0.5): 0.4}
+
+    def record(run: sweep.Planned) -> dict:
+        score = {"f1": known[run.values["task"], run.values["train.prompt_rate"]]}
+        metric = {"select": "f1", "report": "f1"}
+        return {"status": "done", "steps_done": 4, "metric": metric, "scores": {"validation": score, "test": score}}
+
+    found = sweep.summary(planned, {run.name: record(run) for run in planned})
+    assert [entry["values"] for entry in found["best_by_validation"]] == [
+        {"task": "demo/mood", "train.prompt_rate": "0.1"}, {"task": "demo/request", "train.prompt_rate": "0.5"}
+    ]  # fmt: skip
 
 
 def other_steps(planned: list[sweep.Planned]) -> list[sweep.Planned]:

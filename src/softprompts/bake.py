@@ -227,7 +227,7 @@ def add_to_positions(network: Any, method: SoftPrompt) -> None:
     table, first = found
     start = first + method.length
     rows = min(offset.positions, len(table) - start)
-    table[start : start + rows] += offset.table(rows).to(table)
+    table[start : start + rows] += offset.table(slice(rows)).to(table)
 
 
 def position_table(network: Any) -> tuple[Tensor, int] | None:

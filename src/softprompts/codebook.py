@@ -11,7 +11,7 @@ The codebooks hold C*D numbers whatever K is, the weights n*K*C: together C*(D +
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from softprompts.errors import UsageError
@@ -67,9 +67,9 @@ class Codebook(nn.Module):
         """Return C * (D + n*K), or n*K*C if the codewords are frozen."""
         return codewords * (vectors * subspaces + (0 if frozen else width))
 
-    def forward(self, rows: int | None = None) -> Float[Tensor, "rows D"]:
-        """Return the vectors, or only the first `rows` of them."""
-        weights = self.weighting.weigh(self.weights[:rows], self.settings)
+    def forward(self, rows: slice | Int[Tensor, " n"] = slice(None)) -> Float[Tensor, "n D"]:
+        """Return the vectors, or only those in `rows`."""
+        weights = self.weighting.weigh(self.weights[rows], self.settings)
         return torch.einsum("nkc,kcs->nks", weights, self.codebooks).flatten(1)
 
     def initialise(self, start: Start, vocabulary: Vocabulary) -> None:

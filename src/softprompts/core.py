@@ -77,8 +77,8 @@ class PositionOffset(Offset):
     positions: int
 
     @abstractmethod
-    def table(self, rows: int) -> Float[Tensor, "rows D"]:
-        """Return the first `rows` rows of the table."""
+    def table(self, rows: slice | Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
+        """Return some rows of the table."""
 
     def forward(
         self, embeds: Float[Tensor, "B T D"], at: Int[Tensor, "B T"] | None
@@ -86,11 +86,14 @@ class PositionOffset(Offset):
         if at is None:
             length = embeds.shape[1]
             if length <= self.positions:
-                return self.table(length)
+                return self.table(slice(length))
             # Slots past the table can only be padding here (`attach` has checked), so they get nothing.
-            return nn.functional.pad(self.table(self.positions), (0, 0, 0, length - self.positions))
+            return nn.functional.pad(self.table(slice(None)), (0, 0, 0, length - self.positions))
         inside = (at < self.positions).unsqueeze(-1)
-        return self.table(self.positions)[at.clamp(max=self.positions - 1)] * inside
+        at = at.clamp(max=self.positions - 1)
+        if at.numel() < self.positions:  # a step of a generation needs few rows
+            return self.table(at.flatten()).unflatten(0, at.shape) * inside
+        return self.table(slice(None))[at] * inside
 
 
 class SoftPrompt(nn.Module):

@@ -228,7 +228,7 @@ def to_embeds(adapter: str | Path, out: str | Path) -> Path:
     tensors, offset = {"prompt_embeds": source.table}, source.method.offset
     rule = "none: the input is [prompt_embeds; token embeddings]"
     if isinstance(offset, PositionOffset):
-        tensors["offset_embeds"] = offset.table(offset.positions).float()
+        tensors["offset_embeds"] = offset.table(slice(None)).float()
         rule = "by position: add row i of offset_embeds to the embedding of text token i, nothing past the last row"
     elif offset is not None:
         rule = "computed from the tokens: call softprompts.export.prompt_embeds on a model with the adapter attached"

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from softprompts.core import SoftPrompt
 from softprompts.errors import UsageError
+from softprompts.masks import asked, extended_types, ones_for, positions, restarts, sorted_by, text_positions
 from softprompts.memory import PromptMemory, can_share
 from softprompts.rows import Selection
 from softprompts.shapes import classifies_rows, decoder_body, is_decoder_only, is_encoder_decoder, position_limit
@@ -191,6 +192,7 @@ class Hooks:
         at = positions(mask)[:, -new:]
         if past == 0:
             self._check_length(selection, mask, new)
+            self._check_answer(module, selection, answer)
         shares = cache is None and can_share(module, set(kwargs), selection, len(embeds))
         if shares:
             kwargs["past_key_values"] = self.memory.cache(module, selection, embeds, mask, len(embeds))
@@ -289,6 +291,15 @@ class Hooks:
             self._generating.discard(thread())
         return with_text(out, ids) if lookup and ids is not None else out
 
+    def _check_answer(self, module: nn.Module, selection: Selection, answer: Tensor | None) -> None:
+        """Refuse to train a prompt that is made from the text where nobody said which part of it is the answer."""
+        trains = module.training and torch.is_grad_enabled() and self.model.can_generate()
+        if answer is None and trains and selection.per_row:
+            raise UsageError(
+                "this prompt is made from the text and must not see the answer; pass labels to the model, which say "
+                "where it begins (a Trainer's label_smoothing_factor and compute_loss_func take them away)"
+            )
+
     def _check_length(self, selection: Selection, mask: Tensor, slots: int) -> None:
         """Refuse texts beyond the offset's table or the model's positions. Looks at data only in doubt."""
         for number, method in enumerate(selection.methods):
@@ -328,11 +339,6 @@ def check_length(method: SoftPrompt, mask: Tensor, slots: int, limit: int | None
         )
 
 
-def asked(mask: Tensor, answer: Tensor | None) -> Tensor:
-    """Return the mask (B, T) of a text without the answer (B, L) at its end."""
-    return mask if answer is None else mask * ~nn.functional.pad(answer, (mask.shape[1] - answer.shape[1], 0))
-
-
 def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     """Return all arguments of a forward call by name, with the ones a prompt touches present where accepted."""
     names = list(inspect.signature(module.forward).parameters)
@@ -350,51 +356,10 @@ def uses_cache(module: Any, kwargs: dict) -> bool:
     return bool(getattr(module.config, "use_cache", True) if wanted is None else wanted)
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Return (B, T) positions counted over real tokens, 0 for padding before the text."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
-def text_positions(
-    selection: Selection, embeds: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int
-) -> Tensor:
-    """Return (B, new): where in its text each token of a generation's later step stands, the prompt not counted."""
-    new = embeds.shape[1]
-    if position_ids is not None:
-        at = position_ids.expand(embeds.shape[0], -1)
-    elif mask is not None and mask.dim() == 2:
-        at = positions(mask)[:, -new:]
-    else:
-        at = (past + torch.arange(new, device=embeds.device)).expand(embeds.shape[0], -1)
-    return (at - selection.lengths(embeds)).clamp(min=0)
-
-
-def sorted_by(order: Tensor, values: Any) -> Any:
-    """Return (B, T) or (B, T, D) values in another order (B, T) of their slots; None stays None."""
-    if values is None:
-        return None
-    return values.gather(1, order if values.dim() == 2 else order.unsqueeze(-1).expand_as(values))
-
-
-def extended_types(types: Tensor, length: int) -> Tensor:
-    """Put the prompt's token types, 0, before those (B, T) of the text."""
-    return torch.cat([types.new_zeros(len(types), length), types], 1)
-
-
-def ones_for(embeds: Tensor, length: int | None = None) -> Tensor:
-    """Return the (B, T) mask of an input without padding."""
-    return torch.ones(embeds.shape[0], length or embeds.shape[1], dtype=torch.long, device=embeds.device)
-
-
 def check_mask(mask: Any) -> None:
     """Refuse masks that do not say which tokens are text."""
     shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     refuse(not isinstance(mask, Tensor) or mask.dim() != 2, f"an attention mask of shape {shape}", "pass a (B, T) mask")
-
-
-def restarts(position_ids: Tensor | None) -> bool:
-    """Whether explicit positions go back somewhere, as in packed sequences."""
-    return position_ids is not None and bool((position_ids[:, 1:] < position_ids[:, :-1]).any())
 
 
 def refuse(wrong: bool, what: str, way_out: str) -> None:

@@ -45,8 +45,13 @@ class Selection:
     @property
     def shared(self) -> bool:
         """Whether there is a prompt, and no prompt depends on its row's text."""
+        return self.length > 0 and not self.per_row
+
+    @property
+    def per_row(self) -> bool:
+        """Whether a prompt depends on its row's text."""
         prompts = [method.prompt for method in self.methods if method is not None and method.prompt is not None]
-        return self.length > 0 and not any(prompt.per_row for prompt in prompts)
+        return any(prompt.per_row for prompt in prompts)
 
     def tables(
         self, embeds: Float[Tensor, "B T D"], mask: Int[Tensor, "B T"]

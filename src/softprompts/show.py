@@ -155,8 +155,7 @@ def show_sweep(console: Console, result: Mapping[str, Any]) -> None:
             for entry in several
         ]
         table(console, [*names, "n", "validation", "sd", "test", "sd"], rows, "Mean over seeds and draws")
-    best = result["best_by_validation"]
-    if best is not None:
+    for best in result["best_by_validation"]:
         named = ", ".join(f"{key}={value}" for key, value in best["values"].items()) or "the one setting"
         plain(console, f"best on validation: {named} ({best['validation']['mean']:.4f}, n={best['n']} runs)")
     plain(console, f"runs in {result['folder']}")

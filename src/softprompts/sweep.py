@@ -34,6 +34,8 @@ ROUNDS = (2, 4, 6)
 """Evaluations after which `halving` drops the worse half."""
 REPEATED = ("seed", "data.shot_seed")
 """Lists that repeat a setting instead of changing it: training seeds, and draws of few shots."""
+SCORED = ("task", "data.path", "data.protocol")
+"""Lists that change what is scored: the best setting is found for each of their values."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def finished(folder: Path, settings: RunSettings) -> dict[str, Any] | None:
 
 
 def summary(planned: Sequence[Planned], records: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return every run's scores, the means over seeds and draws, and the best setting by validation score.
+    """Return every run's scores, the means over seeds and draws, and each task's best setting by validation score.
 
     `n` counts the runs of a mean, and `sd` is their sample standard deviation.
     """
@@ -208,5 +210,9 @@ def summary(planned: Sequence[Planned], records: dict[str, dict[str, Any]]) -> d
             sd = statistics.stdev(values) if len(values) > 1 else None
             entry[split] = {"mean": statistics.mean(values), "sd": sd}
         settings.append(entry)
-    best = max(settings, key=lambda entry: entry["validation"]["mean"], default=None)
-    return {"runs": rows, "settings": settings, "best_by_validation": best}
+    best: dict[tuple, dict[str, Any]] = {}
+    for entry in settings:
+        scored = tuple(entry["values"].get(name) for name in SCORED)
+        if scored not in best or entry["validation"]["mean"] > best[scored]["validation"]["mean"]:
+            best[scored] = entry
+    return {"runs": rows, "settings": settings, "best_by_validation": list(best.values())}

@@ -100,14 +100,17 @@ def train_together(
         return [record for record in earlier if record is not None]
     for out in folders:
         results.check_folder(out, resume, overwrite)
+    begun = resume and (folders[0] / results.STATE).exists()
     if first.start.kind != "random":
-        about = (about or {}) | run_stages(first, folders[0], resume=resume, overwrite=overwrite, progress=progress)
+        # Once the run itself has begun, its stages may be gone.
+        made = {"start": earlier[0]["start"]} if begun and earlier[0] is not None else None
+        made = made or run_stages(first, folders[0], resume=resume, overwrite=overwrite, progress=progress)
+        about = (about or {}) | made
         resume, overwrite = True, False  # the parts trained alone are the beginning of the run
     torch.manual_seed(first.seed)
     task_data = load_data(first)
     backbone = load_backbone(first.model, num_labels(task_data.task))
     names = ["default"] if len(settings) == 1 else [f"member-{number}" for number in range(len(settings))]
-    begun = resume and (folders[0] / results.STATE).exists()
     for number, (one, out, name) in enumerate(zip(settings, folders, names, strict=True)):
         if number:
             torch.manual_seed(one.seed)

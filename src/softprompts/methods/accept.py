@@ -81,7 +81,7 @@ class CodebookOffset(PositionOffset):
     def initialise(self, start: Start, vocabulary: Vocabulary) -> None:
         self.codebook.initialise(start, vocabulary)
 
-    def table(self, rows: int) -> Float[Tensor, "rows D"]:
+    def table(self, rows: slice | Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
         return self.codebook(rows)
 
 

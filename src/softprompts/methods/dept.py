@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -50,8 +50,8 @@ class LowRankOffset(PositionOffset):
         uniform_(self.left, self.left.shape[1] ** -0.5)
         self.right.zero_()
 
-    def table(self, rows: int) -> Float[Tensor, "rows D"]:
-        return self.scale * (self.left[:rows] @ self.right)
+    def table(self, rows: slice | Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
+        return self.scale * (self.left[rows] @ self.right)
 
 
 @register
