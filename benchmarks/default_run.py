@@ -1,7 +1,7 @@
 """What a default run spends on evaluating, and what a search for rates adds: real runs, nothing set but the task.
 
     python benchmarks/default_run.py                                   demo/request: about ten minutes on two cores
-    python benchmarks/default_run.py --task glue/qqp --task mrqa/squad  other tasks; SOFTPROMPTS_DATA names their folder
+    python benchmarks/default_run.py --task glue/qqp --task squad  other tasks; SOFTPROMPTS_DATA names their folder
 
 Trains ACCEPT on the embedded t5-nano for the default 1,000 steps, as `softprompts train --task TASK` does, and takes
 the seconds of training and of evaluating (validation on the way, test split and bare backbone at the end) from the
@@ -22,6 +22,7 @@ from common import run_script
 
 from softprompts.config import RunSettings, resolve
 from softprompts.search import find
+from softprompts.tasks import get_task
 from softprompts.train import train
 
 TASKS = ("demo/request",)
@@ -40,8 +41,9 @@ def options_of(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Train on every task, after a search on the first."""
+    tasks = [get_task(name).name for name in options.task or TASKS]  # a wrong name is known before the first run
     rows = []
-    for number, task in enumerate(options.task or TASKS):
+    for number, task in enumerate(tasks):
         settings = resolve(None, [("task", task), *(QUICK.items() if options.quick else ())])
         with tempfile.TemporaryDirectory() as folder:
             # The search is tried with real sizes alone: two steps leave nothing to search with.

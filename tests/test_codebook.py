@@ -42,9 +42,10 @@ def test_one_hot_weights_pick_codewords(n: int, k: int, c: int) -> None:
     assert torch.equal(book(), chosen)
 
 
-def test_fewer_rows_are_the_first_rows() -> None:
+def test_some_rows_are_those_of_the_whole() -> None:
     book = random_codebook(6, 2, 3, 4)
-    assert_close(book(4), book()[:4])
+    assert_close(book(slice(4)), book()[:4])
+    assert_close(book(torch.tensor([3, 0, 3])), book()[[3, 0, 3]])
 
 
 def test_weightings() -> None:

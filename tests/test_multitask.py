@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_train import KillAt, Killed
 from tiny import PAD, WIDTH, build, config_of, forward, scatter, text
 
 from softprompts.attach import adapters_of, attach, using
@@ -200,7 +201,7 @@ def test_the_distance_from_a_teacher() -> None:
     divergence = torch.nn.functional.kl_div(
         logits.log_softmax(-1), other.log_softmax(-1), reduction="none", log_target=True
     ).sum(-1)
-    error = (hidden - 2 * hidden).square().mean(-1) / (2 * hidden).square().mean()
+    error = (hidden - 2 * hidden).square().mean(-1) / (2 * hidden).square().mean(-1)
     assert torch.allclose(distance(logits, other, hidden, 2 * hidden), divergence + error, atol=1e-6)
 
 
@@ -219,6 +220,26 @@ def test_a_student_comes_nearer_to_its_teachers(mpt: Path, tmp_path: Path) -> No
     deaf = weights(tmp_path / "deaf" / "adapter")
     # Without weight the teachers change nothing: the same losses, the same steps.
     assert all(torch.allclose(plain[key], deaf[key], atol=1e-5) for key in plain)
+
+
+def test_pieces_of_a_batch_learn_the_same_of_teachers(tmp_path: Path) -> None:
+    teachers = []
+    for task in ("demo/mood", "demo/request"):
+        teachers.append(str(tmp_path / task.replace("/", "-")))
+        train(settings_for("prompt_tuning", task, steps=2), teachers[-1])
+    for pieces in (1, 2):
+        train(settings_for("mpt", teachers=teachers, accumulate=pieces), tmp_path / str(pieces))
+    one, two = (weights(tmp_path / name / "adapter") for name in ("1", "2"))
+    assert all(torch.allclose(one[key], two[key], atol=1e-4) for key in one)
+
+
+def test_a_killed_run_can_be_begun_again(mpt: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(settings_for("mpt"), tmp_path / "run", progress=KillAt(5))
+    assert list((tmp_path / "run").rglob("state.safetensors"))
+    train(settings_for("mpt"), tmp_path / "run", overwrite=True)
+    fresh, again = weights(mpt / "adapter"), weights(tmp_path / "run" / "adapter")
+    assert all(torch.equal(fresh[key], again[key]) for key in fresh)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from torch.testing import assert_close
 
 from softprompts import results
 from softprompts.checkpoint import WEIGHTS_FILE
-from softprompts.errors import UsageError
-from softprompts.loop import Progress
+from softprompts.errors import SoftPromptsError, UsageError
+from softprompts.loop import Progress, Run
 from softprompts.member import Member
 from softprompts.population import Halving, check_fit, fits
 from softprompts.train import train, train_together
@@ -58,6 +59,51 @@ def test_each_member_is_as_if_alone(tmp_path: Path) -> None:
         assert record["cost"]["tokens"] == alone["cost"]["tokens"]
         different.add(round(losses(beside)[-1], 5))
     assert len(different) == len(settings), "the members are told apart"
+
+
+def test_no_member_cuts_the_texts_of_another(tmp_path: Path) -> None:
+    """An offset of 8 positions cuts its own texts alone, at every step and in every score."""
+    short = settings_of("method.offset_positions=8", "eval.untuned=true")
+    long = settings_of("method={name='prompt_tuning', prompt_length=3}", "eval.untuned=true")
+    together = train_together([short, long], [tmp_path / "short", tmp_path / "long"])
+    for number, one in enumerate((short, long)):
+        alone = train(one, tmp_path / f"alone-{number}")
+        beside = together[number]
+        folder = tmp_path / ("short", "long")[number]
+        assert_close(
+            torch.tensor(losses(folder)), torch.tensor(losses(tmp_path / f"alone-{number}")), atol=1e-3, rtol=1e-3
+        )
+        assert beside["scores"] == alone["scores"] and beside["baselines"] == alone["baselines"]
+        assert beside["data"]["truncated"] == alone["data"]["truncated"]
+    assert together[0]["data"]["truncated"]["train"] == 24 and together[1]["data"]["truncated"]["train"] == 0
+
+
+def test_who_shares_a_pass() -> None:
+    """Members of about equally long texts, on a CPU; all of them on an accelerator."""
+
+    def passes(longest: list[int], rows: int = 16, device: str = "cpu") -> list[list[int]]:
+        run: Any = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device(device)))
+        members: Any = [
+            SimpleNamespace(splits={"train": SimpleNamespace(sources=[[5] * length])}) for length in longest
+        ]
+        return Run.chunks(run, members, [[0] * rows if length else [] for length in longest])
+
+    assert passes([70, 70, 70, 70, 70, 70]) == [[0, 1, 2, 3], [4, 5]], "64 rows"
+    assert passes([70, 200, 74, 75]) == [[0, 2, 3], [1]]
+    assert passes([70, 78, 86]) == [[0, 1], [2]], "8 tokens x 16 rows are worth a pass, and no more"
+    assert passes([70, 200, 0], rows=2) == [[0], [1]] and passes([70, 100], rows=2) == [[0, 1]]
+    assert passes([70, 200, 0], device="cuda") == [[0, 1]]
+
+
+def test_a_member_that_diverges_is_dropped_alone(tmp_path: Path) -> None:
+    wild, tame = settings_of("train.prompt_rate=1e25", "train.warmup=0"), settings_of("train.warmup=0")
+    first, second = train_together([wild, tame], [tmp_path / "wild", tmp_path / "tame"])
+    assert first["status"] == "dropped" and "the loss is nan at step" in first["reason"]
+    alone = train(tame, tmp_path / "alone")
+    assert second["scores"] == alone["scores"] and second["steps_done"] == 12
+    with pytest.raises(SoftPromptsError, match="the loss is nan at step"):
+        train(wild, tmp_path / "wild-alone")
+    assert results.read_record(tmp_path / "wild-alone")["status"] == "failed"
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
@@ -127,6 +173,8 @@ def test_a_member_stops_by_itself(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="two folders have the same last name"):
+        train_together([settings_of(), settings_of("seed=2")], [tmp_path / "a" / "run", tmp_path / "b" / "run"])
     one, other = settings_of(), settings_of("train.batch_size=5")
     with pytest.raises(UsageError, match=r"train\.batch_size=4 and train\.batch_size=5 cannot share a backbone"):
         train_together([one, other], [tmp_path / "a", tmp_path / "b"])

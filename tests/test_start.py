@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from softprompts import results
 from softprompts.config import RunSettings, resolve_tree
 from softprompts.errors import UsageError
 from softprompts.loop import Run
@@ -144,6 +145,14 @@ def test_a_mistake_leaves_the_earlier_run_alone(tmp_path: Path) -> None:
         with pytest.raises(UsageError):
             train(resolve_tree(tree), out, overwrite=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_with_stages_can_be_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = train(settings_for("target"), out)
+    again = train(settings_for("target", steps=2), out, overwrite=True)
+    assert first["start"]["steps"] == 4 and again["start"]["steps"] == 2
+    assert results.read_record(out / "start" / "prompt")["steps_done"] == 2
 
 
 def test_a_finished_run_may_lose_its_stages_and_be_asked_again(tmp_path: Path) -> None:

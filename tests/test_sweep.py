@@ -8,10 +8,13 @@ import pytest
 from test_train import SMALL, KillAt, Killed, settings_of
 
 from softprompts import results, search, sweep
+from softprompts.budget import ROW_COST, TOKEN_COST
 from softprompts.cli import main
-from softprompts.config import parse_assignment
-from softprompts.errors import UsageError
+from softprompts.config import parse_assignment, resolve
+from softprompts.errors import SoftPromptsError, UsageError
+from softprompts.loop import Progress
 from softprompts.population import fits
+from softprompts.train import train
 
 HEAD = """
 task = "demo/request"
@@ -96,6 +99,70 @@ def test_a_sweep_goes_on_where_it_was_killed(tmp_path: Path) -> None:
         sweep.run_sweep(other_steps(planned), tmp_path / "killed")
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_run_that_diverges_does_not_end_the_sweep(most: int, tmp_path: Path) -> None:
+    planned = small(write(tmp_path, '"train.prompt_rate" = [1e39, 0.3]\n"train.warmup" = [0]\n'))
+    found = sweep.run_sweep(planned, tmp_path / "out", most=most)
+    wild, tame = found["runs"]
+    assert (wild["status"], tame["status"]) == ("failed" if most == 1 else "dropped", "done")
+    assert wild["test"] is None and tame["test"] is not None
+    assert [entry["values"]["train.prompt_rate"] for entry in found["best_by_validation"]] == ["0.3"]
+
+
+def test_a_stopped_sweep_may_grow(tmp_path: Path) -> None:
+    """What was killed goes on in the company it had; other runs are trained beside each other, whatever `most` says."""
+    two, three = (small(write(tmp_path, f"seed = {seeds}\n")) for seeds in ("[1, 2]", "[3, 1, 2]"))
+    whole = sweep.run_sweep(three, tmp_path / "whole", most=1)
+    with pytest.raises(Killed):
+        sweep.run_sweep(two, tmp_path / "killed", most=2, progress=KillAt(3))
+    assert [[run.name for run in group] for group in sweep.interrupted(three, tmp_path / "killed")] == [
+        ["seed-1", "seed-2"]
+    ]
+    grown = sweep.run_sweep(three, tmp_path / "killed", most=8)
+    assert grown == whole
+
+
+def test_halving_says_where_it_has_nothing_to_drop(tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    class Listen(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    lists = '"train.prompt_rate" = [0.0, 0.3, 0.1]\n"train.eval_every" = [1]\n"train.offset_rate" = [0.0]\n'
+    planned = small(write(tmp_path, lists))
+    found = sweep.run_sweep(planned, tmp_path / "out", halving=True, progress=Listen())
+    assert sorted(row["status"] for row in found["runs"]) == ["done", "done", "dropped"]
+    assert sum("dropped at step 2" in note for note in notes) == 1
+    notes.clear()
+    sweep.run_sweep(planned, tmp_path / "alone", most=1, halving=True, progress=Listen())
+    assert sum("there is nothing to halve" in note for note in notes) == 3
+
+
+def test_settings_that_lost_runs_do_not_win_by_the_survivors(tmp_path: Path) -> None:
+    planned = small(write(tmp_path, 'seed = [1, 2]\n"train.prompt_rate" = [0.1, 0.5]\n'))
+
+    def record(run: sweep.Planned) -> dict:
+        metric = {"select": "f1", "report": "f1"}
+        rate, seed = run.values["train.prompt_rate"], run.values["seed"]
+        scores = {"validation": {"f1": 0.9 if rate == 0.5 else 0.7}, "test": {"f1": 0.5}}
+        status = "dropped" if (rate, seed) == (0.5, 2) else "done"
+        return {"status": status, "steps_done": 4, "metric": metric, "scores": scores}
+
+    found = sweep.summary(planned, {run.name: record(run) for run in planned})
+    assert [(entry["values"]["train.prompt_rate"], entry["n"]) for entry in found["best_by_validation"]] == [("0.1", 2)]
+
+
+def test_seeds_that_are_done_stay_done(tmp_path: Path) -> None:
+    out = tmp_path / "seeds"
+    given = ["train", *(part for text in SMALL for part in ("-s", text)), "--out", str(out), "--json"]
+    assert main([*given, "--seeds", "1,2"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert main([*given, "--seeds", "1,2,3", "--resume"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert results.read_record(out / "seed-3")["status"] == "done"
+
+
 def test_draws_of_few_shots_are_repetitions_like_seeds(tmp_path: Path) -> None:
     lists = 'seed = [1, 2]\n"data.shot_seed" = [0, 1, 2]\n"data.shots" = [4, 8]\n'
     planned = small(write(tmp_path, lists))
@@ -176,9 +243,13 @@ def test_the_cost_is_at_most_half_a_run() -> None:
         settings = settings_of("train.steps=1000", "train.batch_size=16", "data.validation_limit=300")
         steps, alive, spent = search.steps_per_rung(settings, count), count, 0.0
         for _ in range(search.RUNGS):
-            spent += alive * (steps + search.VALIDATION_ROWS * search.ROW_COST / 16)
+            spent += alive * (steps + search.VALIDATION_ROWS * ROW_COST / 16)
             alive = max(2, -(-alive // 2))
         assert 0.9 * 500 < spent <= 500
+    costs = [
+        search.row_cost(settings_of(*more)) for more in ((), ("eval.scoring=generate",), ("eval.beams=4", "task=squad"))
+    ]
+    assert costs == pytest.approx([ROW_COST, ROW_COST + 20 * TOKEN_COST, ROW_COST + 80 * TOKEN_COST])
     with pytest.raises(UsageError, match=r"--search 8 needs at least train\.steps=\d+"):
         search.steps_per_rung(settings_of("train.steps=60"), 8)
     with pytest.raises(UsageError, match="nothing to choose from"):
@@ -201,6 +272,51 @@ def test_a_search_takes_the_best_on_validation(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="begun with other settings"):
         search.find(settings, 5, tmp_path / "run", resume=True)
     assert not (tmp_path / "run" / results.TRIALS).exists()
+
+
+def test_a_search_sees_every_class(tmp_path: Path) -> None:
+    """Rows sorted by class: the first 64 are all of one."""
+    for split, count in (("train", 40), ("validation", 100), ("test", 4)):
+        rows = [{"text": f"the film number {n}", "label": n * 2 // count} for n in range(count)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = [
+        "data.path=" + str(tmp_path),
+        "train.steps=60",
+        "train.batch_size=16",
+        "method={name='prompt_tuning', prompt_length=2}",
+    ]
+    settings = resolve(None, [parse_assignment(text) for text in own])
+    record = train(search.trial(settings, 5), tmp_path / "run")
+    assert record["scores"]["validation"]["n"] == 64
+    assert record["data"]["sizes"]["validation"] == 100
+    given = search.trial(settings.updated(data=settings.data.updated(validation_limit=30)), 5)
+    assert given.data.validation_limit == 30
+
+
+def test_a_candidate_that_diverges_loses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of("train.steps=90", "train.batch_size=8", "train.prompt_rate=1e25", "train.warmup=0")
+    outcome = search.find(settings, 2, tmp_path / "run")[1]
+    assert outcome["chosen"] == 1 and [trial["status"] for trial in outcome["trials"]] == ["dropped", "done"]
+    monkeypatch.setattr(search, "candidates", lambda settings, count: [settings] * count)
+    with pytest.raises(SoftPromptsError, match="no candidate was left; the first the loss is nan"):
+        search.find(settings, 2, tmp_path / "none")
+
+
+def test_a_search_that_cannot_begin_changes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    given = [part for text in SMALL for part in ("-s", text)]
+    assert main(["train", *given, "--out", str(out), "--json"]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for wrong in (["--search", "4"], ["--search", "2", "-s", "train.steps=90", "-s", "task=demo/requests"]):
+        assert main(["train", *given, *wrong, "--overwrite", "--out", str(out)]) == 2
+        assert main(["train", *given, *wrong, "--out", str(tmp_path / "new")]) == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UsageError, match="a classification head"):
+        search.find(settings_of("train.steps=90", "model.head=classification"), 2, tmp_path / "new")
+    more = ["-s", "train.steps=70", "-s", "train.batch_size=8"]
+    assert main(["train", *given, *more, "--search", "2", "--overwrite", "--out", str(out)]) == 0
+    assert results.read_record(out)["steps_done"] == 70 and (out / results.SEARCH).exists()
 
 
 def test_a_killed_search_goes_on(tmp_path: Path) -> None:

@@ -424,6 +424,36 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert one["scores"] == two["scores"] and one["num_trainable"] == two["num_trainable"]
 
 
+def test_two_processes_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """Each process draws its own dropout, from where it was. A sweep trains one run at a time there."""
+    settings = settings_of("method={name='adept', prompt_length=6, rank=4}", "train.steps=6", "train.eval_every=2")
+    script = tmp_path / "go.py"
+    script.write_text(
+        "import json, sys, torch\nfrom pathlib import Path\ntorch.set_num_threads(1)\n"
+        "from softprompts.config import RunSettings\nfrom softprompts.loop import Progress\n"
+        "from softprompts.sweep import Planned, run_sweep\nfrom softprompts.train import train\n"
+        f"settings, out = RunSettings(**json.loads({settings.model_dump_json()!r})), Path(sys.argv[1])\n"
+        "class Killed(BaseException):\n    pass\n"
+        "class Kill(Progress):\n    left = 3\n    def advance(self, units=1, **numbers):\n"
+        "        self.left -= units\n        if self.left == 0:\n            raise Killed\n"
+        "train(settings, out / 'whole')\n"
+        "try:\n    train(settings, out / 'killed', progress=Kill())\nexcept Killed:\n    pass\n"
+        "train(settings, out / 'killed', resume=True)\n"
+        "both = [Planned(f'seed-{n}', settings.updated(seed=n), {'seed': n}) for n in (1, 2)]\n"
+        "run_sweep(both, out / 'sweep')\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert weights(tmp_path / "whole") == weights(tmp_path / "killed")
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "killed")
+    for seed in (1, 2):
+        record = results.read_record(tmp_path / "sweep" / f"seed-{seed}")
+        assert record["status"] == "done" and "population" not in record["cost"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Literal
 
 from softprompts.config import RunSettings
 from softprompts.data import Encoder, Rows, spread
@@ -14,8 +14,8 @@ SHARES = {"validation": 0.05, "test": 0.04, "untuned": 0.01}
 rows, and the bare backbone's. A tenth in all."""
 LEAST = {"validation": 64, "test": 500, "untuned": 64}
 """Fewer rows say too little, whatever they cost: at 500, one standard error of an accuracy of 0.8 is 1.8 points."""
-ROW_COST, TOKEN_COST = 0.5, 0.03
-"""Cost of a row scored, and of a token generated for it, in rows trained (measured: 0.4 to 0.5)."""
+ROW_COST, TOKEN_COST = 0.6, 0.03
+"""Cost of a row scored, and of a token generated for it, in rows trained (a row: 0.50 to 0.56 measured)."""
 USUAL_PROMPT = 60
 """Slots of a row beside its text, in estimates that must not differ among runs compared with each other."""
 NOTES = {
@@ -26,34 +26,39 @@ NOTES = {
 
 
 def scored_rows(
-    settings: RunSettings, encoder: Encoder, splits: Mapping[str, Rows]
+    settings: RunSettings, encoder: Encoder, splits: Mapping[str, Rows], tasks: int = 1
 ) -> tuple[dict[str, Rows], list[str]]:
     """Return the rows scored in training (`validation`), at its end (`test`), without a prompt (`untuned`), and notes.
 
-    Whole splits, unless they would cost more than their share; a pure function of settings and data.
+    Whole splits, unless they would cost more than their share; a pure function of settings and data. Of several
+    `tasks` trained together, each may cost its part.
     """
-    plan = settings.train
-    trained = plan.steps * plan.batch_size
+    plan, rows = settings.train, len(splits["train"])
+    # The batches of few rows are smaller.
+    trained = plan.steps * rows / -(-rows // plan.batch_size) / tasks
     wishes = {"validation": settings.eval.validation_rows, "test": settings.eval.test_rows, "untuned": None}
     limits = {"validation": settings.data.validation_limit, "test": settings.data.test_limit}
     chosen: dict[str, Rows] = {}
     notes, spent = [], 0.0
     for name, wanted in wishes.items():
-        # The bare backbone answers some of the rows that the tuned one answers.
+        # The bare backbone answers some of the rows that the tuned one answers: larger choices have the smaller ones.
         split, whole = ("test", chosen["test"]) if name == "untuned" else (name, splits[name])
+        every = splits[split]
         times = -(-plan.steps // plan.eval_steps()) if name == "validation" else 1
         each = times * cost_in_rows(settings, encoder, splits["train"], whole)
-        open_choice = settings.data.protocol != "paper" and limits[split] is None
-        count: int | Literal["all"] = wanted or "all"
-        if wanted is None and open_choice:
+        count = wanted if isinstance(wanted, int) else len(whole)
+        if wanted is None and settings.data.protocol != "paper" and limits[split] is None:
             count = max(LEAST[name], round(SHARES[name] * trained / each))
-        chosen[name] = whole if count == "all" or count >= len(whole) else whole.pick(spread(whole.examples, count))
+            # Nearly all rows tell no less than all for little more.
+            count = len(whole) if count >= 0.9 * len(whole) else count
+        chosen[name] = whole if count >= len(whole) else every.pick(spread(every.examples, count))
         scores = name != "untuned" or (settings.eval.untuned and encoder.backbone.kind != "classification")
         spent += each * len(chosen[name]) * scores
-        if scores and len(chosen[name]) < len(splits[split]):
-            notes.append(NOTES[name].format(f"{len(chosen[name]):,} of {len(splits[split]):,}"))
+        if scores and len(chosen[name]) < len(every):
+            notes.append(NOTES[name].format(f"{len(chosen[name]):,} of {len(every):,}"))
     if spent > 1.01 * sum(SHARES.values()) * trained:
-        notes.append(f"evaluating will cost about as much as {spent / plan.batch_size:,.0f} of {plan.steps:,} steps")
+        steps = math.ceil(spent / trained * plan.steps)
+        notes.append(f"evaluating will cost about as much as {steps:,} of {plan.steps:,} steps")
     return chosen, notes
 
 

@@ -12,6 +12,10 @@ class SoftPromptsError(Exception):
     exit_code = 1
 
 
+class Diverged(SoftPromptsError):
+    """A loss is no finite number anymore."""
+
+
 class UsageError(SoftPromptsError, ValueError):
     """The user asked for something that cannot be: a bad setting, name, file or column."""
 

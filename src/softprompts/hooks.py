@@ -9,7 +9,8 @@ shifting. Three shapes:
     decoder only      prompt, positions counted in real tokens; later steps of a generation extend the mask
 
 Padding changes nothing: encoders see `[prompt; text; padding]` whatever the padding side was, decoders get positions
-counted over real tokens, and offsets follow the position in the text.
+counted over real tokens, and offsets follow the position in the text. A decoder's attention window counts slots,
+padding too: rows longer than that are `[padding; prompt; text]`, each with its own prompt.
 """
 
 from __future__ import annotations
@@ -26,9 +27,16 @@ from torch import Tensor, nn
 from softprompts.core import SoftPrompt
 from softprompts.errors import UsageError
 from softprompts.masks import asked, extended_types, ones_for, positions, restarts, sorted_by, text_positions
-from softprompts.memory import PromptMemory, can_share
+from softprompts.memory import PromptMemory, can_share, new_cache, note_packed, slot_order
 from softprompts.rows import Selection
-from softprompts.shapes import classifies_rows, decoder_body, is_decoder_only, is_encoder_decoder, position_limit
+from softprompts.shapes import (
+    attention_window,
+    classifies_rows,
+    decoder_body,
+    is_decoder_only,
+    is_encoder_decoder,
+    position_limit,
+)
 
 IGNORED = -100
 """Label of the tokens that are no answer."""
@@ -68,6 +76,7 @@ class Hooks:
         self.memory = PromptMemory()
         self._keep_front = classifies_rows(model)
         self._limit = position_limit(model)
+        self._window = attention_window(model) if is_decoder_only(model) else None
 
     @property
     def position_limit(self) -> int | None:
@@ -193,7 +202,8 @@ class Hooks:
         if past == 0:
             self._check_length(selection, mask, new)
             self._check_answer(module, selection, answer)
-        shares = cache is None and can_share(module, set(kwargs), selection, len(embeds))
+        crosses = self._window is not None and past + new + (selection.length if past == 0 else 0) > self._window
+        shares = cache is None and not crosses and can_share(module, set(kwargs), selection, len(embeds))
         if shares:
             kwargs["past_key_values"] = self.memory.cache(module, selection, embeds, mask, len(embeds))
             call.hide_cache = not uses_cache(module, kwargs)
@@ -201,12 +211,22 @@ class Hooks:
         mask = selection.extended(mask)
         if prompt is not None:
             embeds, call.cut = torch.cat([prompt, embeds], 1), prompt.shape[1]
+        if kwargs.get("token_type_ids") is not None and call.cut:
+            kwargs["token_type_ids"] = extended_types(kwargs["token_type_ids"], call.cut)
+        if self._window is not None:
+            # Where the order of the slots changes, the cache must say so: make it here.
+            if past == 0 and crosses and cache is None and "past_key_values" in kwargs and uses_cache(module, kwargs):
+                cache = kwargs["past_key_values"] = new_cache(module)
+            order = slot_order(mask, cache, self._window, crosses)
+            mask = mask if order is None else sorted_by(order, mask)
+            if order is not None and past == 0:
+                call.packed, embeds = order, sorted_by(order, embeds)
+                if kwargs.get("token_type_ids") is not None:
+                    kwargs["token_type_ids"] = sorted_by(order, kwargs["token_type_ids"])
         kwargs.update(inputs_embeds=embeds, attention_mask=mask)
         kwargs.pop("cache_position", None)  # older releases pass it, counted without the prompt
         if "position_ids" in kwargs:
             kwargs["position_ids"] = positions(mask)[:, -embeds.shape[1] :]
-        if kwargs.get("token_type_ids") is not None and call.cut:
-            kwargs["token_type_ids"] = extended_types(kwargs["token_type_ids"], call.cut)
         return (), kwargs
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -271,24 +291,34 @@ class Hooks:
         rows = len(embeds) * max(option(model, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
         body = decoder_body(model)
         accepted = set(inspect.signature(body.forward).parameters)
+        count_text(model, kwargs, text)
         own = option(model, kwargs, "cache_implementation") is not None or kwargs.get("past_key_values") is not None
-        if not own and not lookup and can_share(body, accepted, selection, rows):
+        more = option(model, kwargs, "max_new_tokens") or self._window or 0  # unlimited rows cross any window
+        crosses = self._window is not None and selection.length + embeds.shape[1] + more > self._window
+        if not own and not lookup and not crosses and can_share(body, accepted, selection, rows):
             kwargs["past_key_values"] = self.memory.cache(body, selection, embeds, mask, rows)
         prompt, embeds = selection(embeds, positions(mask), mask)
         if prompt is not None:
             embeds = torch.cat([prompt, embeds], 1)
             if kwargs.get("token_type_ids") is not None:
                 kwargs["token_type_ids"] = extended_types(kwargs["token_type_ids"], prompt.shape[1])
-        count_text(model, kwargs, text)
+        mask, cache = selection.extended(mask), kwargs.get("past_key_values")
+        order = None if self._window is None else slot_order(mask, cache, self._window, crosses)
+        if order is not None:
+            mask, embeds = sorted_by(order, mask), sorted_by(order, embeds)
+            if kwargs.get("token_type_ids") is not None:
+                kwargs["token_type_ids"] = sorted_by(order, kwargs["token_type_ids"])
         kwargs.pop("position_ids", None)  # they follow from the mask
         # Prompt lookup crops the cache to the length of the ids, which must then be the length of the embeddings.
         if ids is not None and not lookup:
             kwargs["input_ids"] = ids
         self._generating.add(thread())
         try:
-            out = plain(model, inputs_embeds=embeds, attention_mask=selection.extended(mask), **kwargs)
+            out = plain(model, inputs_embeds=embeds, attention_mask=mask, **kwargs)
         finally:
             self._generating.discard(thread())
+        if order is not None and cache is None:
+            note_packed(getattr(out, "past_key_values", None), mask.shape[1])
         return with_text(out, ids) if lookup and ids is not None else out
 
     def _check_answer(self, module: nn.Module, selection: Selection, answer: Tensor | None) -> None:

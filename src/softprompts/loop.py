@@ -20,7 +20,7 @@ from softprompts.backbone import load_backbone
 from softprompts.checkpoint import write_tensors
 from softprompts.data import IGNORED, Rows, num_labels
 from softprompts.dropout import fast_dropout
-from softprompts.errors import UsageError
+from softprompts.errors import Diverged, UsageError
 from softprompts.evaluate import Evaluation, evaluate, majority, to_device
 from softprompts.loss import LabelledOnly, summed_loss
 from softprompts.member import Member
@@ -54,7 +54,8 @@ class Run:
         self, members: Sequence[Member], accelerator: Accelerator, progress: Progress, halving: Halving | None = None
     ) -> None:
         self.members, self.accelerator, self.progress, self.halving = members, accelerator, progress, halving
-        self.encoder = members[0].encoder
+        # Batches are padded to the texts, or all to the longest limit.
+        self.encoder = max((member.encoder for member in members), key=lambda encoder: encoder.max_source)
         self.backbone = self.encoder.backbone
         self.state_file = members[0].out / results.STATE
         for member in members:
@@ -200,29 +201,49 @@ class Run:
         return using(self.backbone.model, names)
 
     def log(self, training: Sequence[Member]) -> None:
-        """Write the losses since the last look; SoftPromptsError if one is not a number."""
-        means = [member.log(self.main) for member in training]
-        known = [mean for mean in means if mean is not None]
+        """Write the losses since the last look; a member whose loss is no number anymore gives up."""
+        known = []
+        for member in training:
+            try:
+                mean = member.log(self.main)
+            except Diverged as error:
+                self.diverged(member, error)
+                continue
+            if mean is not None:
+                known.append(mean)
         if known:
             self.progress.advance(0, loss=sum(known) / len(known))
+
+    def diverged(self, member: Member, error: Diverged) -> None:
+        """End a run whose loss is no number anymore; among others, it alone is dropped."""
+        if len(self.members) == 1:
+            raise error
+        self.drop(member, str(error))
+
+    def drop(self, member: Member, reason: str) -> None:
+        """Take no more steps of a member, and say why."""
+        member.state.dropped = reason
+        self.progress.note(f"{self.label(member)}{reason}")
+        if self.main:
+            results.write_record(member.out, member.gave_up())
 
     def validate(self, training: Sequence[Member]) -> None:
         """Score the validation split; keep the adapters that are the best so far; drop losers if halving says so."""
         scores = []
         for member in training:
+            if member.state.dropped is not None:
+                continue
             scores.append(member.judge(self.timed(member, "validation"), self.main))
             if member.out_of_patience():
                 self.progress.note(
                     f"{self.label(member)}stopped at step {member.state.step}: {member.plan.patience} evaluations "
                     f"without a better score"
                 )
-        self.progress.advance(0, score=max(scores))
+        if scores:
+            self.progress.advance(0, score=max(scores))
         if self.halving is not None:
             for member, reason in self.halving.losers(self.training()):
-                member.state.dropped = reason
-                self.progress.note(f"{self.label(member)}{reason}")
-                if self.main:
-                    results.write_record(member.out, member.gave_up())
+                self.drop(member, reason)
 
     def label(self, member: Member) -> str:
         """Return how notes call a member: by its folder, if it has company."""
@@ -277,11 +298,9 @@ class Run:
     def save_state(self) -> None:
         """Write everything a resume needs into one file, atomically."""
         self.accelerator.wait_for_everyone()
+        tensors = self.random_states()
         if not self.main:
             return
-        tensors = {"rng": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            tensors["rng.cuda"] = torch.cuda.get_rng_state()
         states = {}
         for member in self.members:
             own = self.key(member)
@@ -309,16 +328,29 @@ class Run:
             own = self.key(member)
             mine = {k.removeprefix(f"{own}/"): value for k, value in tensors.items() if k.startswith(f"{own}/")}
             member.take(file.metadata()[own], mine)
-        if self.main:
-            torch.set_rng_state(tensors["rng"])
-            if torch.cuda.is_available() and "rng.cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["rng.cuda"])
+        own = f"rng.{self.accelerator.process_index}"
+        if own in tensors:  # a process more than before goes on as it began
+            torch.set_rng_state(tensors[own])
+        if torch.cuda.is_available() and f"{own}.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors[f"{own}.cuda"])
+
+    def random_states(self) -> dict[str, Tensor]:
+        """Return the random state of every process: each draws its own dropout."""
+        own = f"rng.{self.accelerator.process_index}"
+        states = {own: torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states[f"{own}.cuda"] = torch.cuda.get_rng_state()
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            states = dict(gather_object(list(states.items())))
+        return states
 
     def finish(self) -> list[dict[str, Any]]:
         """Score each member's best adapter on the test split, write the predictions, return the records."""
         self.accelerator.wait_for_everyone()
         records = []
-        untuned: dict[str, dict[str, float]] = {}
+        untuned: dict[int, dict[str, float]] = {}
         for member in self.members:
             if member.state.dropped is not None:
                 records.append(member.gave_up())
@@ -331,10 +363,11 @@ class Run:
             examples = member.splits["test"].examples
             baselines = {"majority": majority(task, member.data.train, examples, protocol)}
             if member.settings.eval.untuned and self.backbone.kind != "classification":
-                if task.name not in untuned:
+                # The bare backbone answers the same for all members whose texts are cut alike.
+                if id(member.encoder) not in untuned:
                     self.progress.phase("untuned", len(member.splits["untuned"]))
-                    untuned[task.name] = self.untuned(member)
-                baselines["untuned"] = untuned[task.name]
+                    untuned[id(member.encoder)] = self.untuned(member)
+                baselines["untuned"] = untuned[id(member.encoder)]
             member.state.eval_seconds += time.perf_counter() - begun
             if self.main:
                 results.write_predictions(

@@ -41,6 +41,20 @@ def sorted_by(order: Tensor, values: Any) -> Any:
     return values.gather(1, order if values.dim() == 2 else order.unsqueeze(-1).expand_as(values))
 
 
+def packing(mask: Tensor, slots: int) -> Tensor:
+    """Return the order (B, T) that puts the padding before the rest in the first `slots` slots of each row."""
+    order = (mask[:, :slots] != 0).int().argsort(dim=1, stable=True)
+    rest = torch.arange(order.shape[1], mask.shape[1], device=mask.device)
+    return torch.cat([order, rest.expand(len(mask), -1)], 1)
+
+
+def has_gaps(mask: Tensor) -> bool:
+    """Whether a row of the mask (B, T) has padding between its tokens."""
+    real = (mask != 0).int()
+    before, behind = real.cumsum(1), real.flip(1).cumsum(1).flip(1)
+    return bool(((real == 0) & (before > 0) & (behind > 0)).any())
+
+
 def extended_types(types: Tensor, length: int) -> Tensor:
     """Put the prompt's token types, 0, before those (B, T) of the text."""
     return torch.cat([types.new_zeros(len(types), length), types], 1)

@@ -17,7 +17,7 @@ from softprompts.backbone import Backbone
 from softprompts.checkpoint import restore_adapter, save_adapter
 from softprompts.config import RunSettings, TrainSettings
 from softprompts.data import Encoder, Rows, epoch_batches
-from softprompts.errors import SoftPromptsError, UsageError, suggest
+from softprompts.errors import Diverged, UsageError, suggest
 from softprompts.evaluate import Evaluation
 from softprompts.shapes import SLOT
 from softprompts.tasks import TaskData
@@ -139,14 +139,14 @@ class Member:
         """Write the losses since the last look, one line a step; return their mean.
 
         Raises:
-            SoftPromptsError: a loss is not a finite number.
+            Diverged: a loss is not a finite number.
         """
         losses = torch.stack(self.pending).tolist() if self.pending else []
         first = self.state.step - len(losses) + 1
         self.pending.clear()
         for step, loss in enumerate(losses, first):
             if loss != loss or loss in (float("inf"), float("-inf")):
-                raise SoftPromptsError(
+                raise Diverged(
                     f"the loss is {loss} at step {step} (train.prompt_rate={self.plan.prompt_rate}, train.offset_rate="
                     f"{self.plan.offset_rate}, model.dtype={self.settings.model.dtype}); lower the rates or take fp32"
                 )

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from softprompts.core import SoftPrompt
+from softprompts.errors import UsageError
+from softprompts.masks import has_gaps, packing, sorted_by
 from softprompts.rows import Selection
 
+PACKED = "softprompts_packed"
+"""Attribute of a cache: how many of its slots are not in the order of the mask."""
 States = list[tuple[Tensor, Tensor]]
 """(keys, values) of each layer, each (A, heads, P, D/heads) for A adapters."""
 
@@ -93,6 +97,39 @@ def stacked(prompts: Sequence[States | None]) -> States:
 def filled(states: Tensor, like: Tensor) -> Tensor:
     """Return (1, heads, p, D/heads) states with zeros on the left up to the length of `like`."""
     return nn.functional.pad(states, (0, 0, like.shape[2] - states.shape[2], 0))
+
+
+def slot_order(mask: Tensor, cache: Any, window: int, crosses: bool) -> Tensor | None:
+    """Return the order in which a decoder with an attention window takes its slots, None for that of the mask.
+
+    Args:
+        mask: (B, P+T) of prompt and text, those in the cache included.
+        cache: what has been computed before, or is to be filled, or None.
+        window: slots that the narrowest layer looks at.
+        crosses: whether the rows are, or will be, longer than that.
+
+    Raises:
+        UsageError: the cache holds padding inside the rows, which the window would count.
+    """
+    past = 0 if cache is None else cache.get_seq_length()
+    if past == 0:
+        packed = mask.shape[1] if crosses else 0
+        note_packed(cache, packed)
+    else:
+        packed = getattr(cache, PACKED, 0)
+    order = packing(mask, packed) if packed else None
+    if past and crosses and has_gaps(mask if order is None else sorted_by(order, mask)):
+        raise UsageError(
+            f"a prompt cannot be used with padding inside a cache of {int(past)} slots beyond the attention window of "
+            f"{window}; pass the whole texts without past_key_values"
+        )
+    return order
+
+
+def note_packed(cache: Any, slots: int) -> None:
+    """Note on a cache, if there is one, that its first slots are `[padding; prompt; text]`; copies keep the note."""
+    if cache is not None:
+        setattr(cache, PACKED, slots)
 
 
 def new_cache(body: Any) -> Any:

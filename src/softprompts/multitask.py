@@ -31,7 +31,7 @@ from softprompts.checkpoint import ROOT, adapter_folder, load_adapter, write_ada
 from softprompts.config import RunSettings
 from softprompts.core import MethodConfig, SoftPrompt
 from softprompts.data import load_data, make_encoder, truncation_notes
-from softprompts.errors import SoftPromptsError, UsageError
+from softprompts.errors import Diverged, SoftPromptsError, UsageError
 from softprompts.evaluate import Evaluation
 from softprompts.loop import Progress, Run
 from softprompts.member import Member
@@ -84,13 +84,14 @@ def train_tasks(
         raise UsageError("several tasks need a model that writes, such as T5 or GPT; this one answers through a head")
     folders = [folder / results.TASKS / slug(one.task.name) for one in data]
     teachers = attach_teachers(backbone, settings, [out.name for out in folders])
-    names = attach_tasks(backbone, settings, [out.name for out in folders], (folders[0] / results.STATE).exists())
+    begun = resume and (folders[0] / results.STATE).exists()
+    names = attach_tasks(backbone, settings, [out.name for out in folders], begun)
     members: list[Member] = []
     for one, out, name, found in zip(each, folders, names, data, strict=True):
         reach = adapters_of(backbone.model).reach(name)
         encoder = make_encoder(backbone, found.task, one.data, reach)
         splits = {split: encoder.encode(getattr(found, split)) for split in ("train", "validation", "test")}
-        scored, limits = scored_rows(one, encoder, splits)
+        scored, limits = scored_rows(one, encoder, splits, len(each))
         for note in (*found.notes, *truncation_notes(splits, encoder), *limits):
             progress.note(f"{found.task.name}: {note.removeprefix(f'{found.task.name}: ')}")
         # The first one's optimizer steps for all: what is shared must move once.
@@ -262,6 +263,10 @@ class TasksRun(Run):
         places = [self.members.index(member) for member in training]
         return self.on_tasks([place for place, count in zip(places, rows, strict=True) for _ in range(count)])
 
+    def diverged(self, member: Member, error: Diverged) -> None:
+        """All tasks share what has diverged."""
+        raise error
+
     def on_tasks(self, numbers: Sequence[int]) -> AbstractContextManager[None]:
         """Tell a baseline the task of each row."""
         from softprompts.baselines.base import on_tasks
@@ -330,12 +335,13 @@ def distance(logits: Tensor, taught: Tensor, hidden: Tensor, shown: Tensor) -> T
     """Return (M): how far each answer token's distribution and last state are from the teacher's.
 
     The divergence KL(teacher || student) of logits (M, V), plus the squared error of the states (M, D) in units of the
-    teacher's mean square, since the scale of states differs among models. MPT (arXiv 2303.02861), equations 3 and 4.
+    mean square of the teacher's, since the scale of states differs among models. MPT (arXiv 2303.02861), equations 3
+    and 4.
     """
     student, teacher = logits.float().log_softmax(-1), taught.float().log_softmax(-1)
     divergence = (teacher.exp() * (teacher - student)).sum(-1)
     shown = shown.float()
-    error = (hidden.float() - shown).square().mean(-1) / shown.square().mean().clamp(min=1e-12)
+    error = (hidden.float() - shown).square().mean(-1) / shown.square().mean(-1).clamp(min=1e-12)
     return divergence + error
 
 

@@ -14,12 +14,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from softprompts.budget import ROW_COST, TOKEN_COST
 from softprompts.config import RunSettings
 from softprompts.core import CombinedConfig, MethodConfig
-from softprompts.errors import UsageError
+from softprompts.data import OPEN_TARGET_TOKENS
+from softprompts.errors import SoftPromptsError, UsageError
 from softprompts.files import write_text
 from softprompts.population import Halving, alone
-from softprompts.results import SEARCH, TRIALS
+from softprompts.results import SEARCH, TRIALS, clear_folder
+from softprompts.sweep import has_head
+from softprompts.tasks import get_task
 from softprompts.weighting import find_weighting
 
 if TYPE_CHECKING:
@@ -31,8 +35,6 @@ RUNGS = 3
 """Evaluations; after each but the last, the worse half is dropped."""
 VALIDATION_ROWS = 64
 """Rows of the validation split that rank the candidates."""
-ROW_COST = 1 / 3
-"""Cost of an evaluated row in trained ones: a forward pass against a forward and a backward pass."""
 LEAST_STEPS = 5
 PROMPT_RATES = (0.03, 3.0)
 """Range of prompt rates: a decade around the papers' 0.3 to 0.5, evenly on a logarithmic scale."""
@@ -41,7 +43,13 @@ OFFSET_RATES = (1e-4, 5e-2)
 
 
 def find(
-    settings: RunSettings, count: int, out: Path, *, resume: bool = False, progress: Progress | None = None
+    settings: RunSettings,
+    count: int,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[RunSettings, dict[str, Any]]:
     """Search among `count` candidates, the given settings first among them.
 
@@ -50,13 +58,15 @@ def find(
         count: candidates, at least 2.
         out: the run's folder; the trials go to `search/` in it, the outcome to `search.json`.
         resume: take the outcome of an earlier search there, or go on with one that was killed.
+        overwrite: what the folder holds of an earlier run may go, once the search can begin.
         progress: hears of the trials' steps.
 
     Returns:
         (settings of the real run, what was tried and found).
 
     Raises:
-        UsageError: too few steps for so many candidates, or settings that cannot be used.
+        UsageError: too few steps for so many candidates, or settings that cannot be used; nothing is written then.
+        SoftPromptsError: no candidate's loss stays a number.
     """
     from softprompts.train import train_together
 
@@ -73,15 +83,24 @@ def find(
     steps = steps_per_rung(settings, count)
     tried = candidates(settings, count)
     trials = [trial(one, steps) for one in tried]
-    write_text(file, json.dumps(outcome, indent=2) + "\n")
+
+    def begin() -> None:
+        if overwrite and not resume:
+            clear_folder(out)
+        write_text(file, json.dumps(outcome, indent=2) + "\n")
+
     outs = [folder / f"trial-{number}" for number in range(count)]
     halving = Halving(tuple(range(1, RUNGS)), least=2)
-    records = train_together(trials, outs, resume=resume, overwrite=not resume, halving=halving, progress=progress)
+    records = train_together(
+        trials, outs, resume=resume, overwrite=not resume, halving=halving, progress=progress, begin=begin
+    )
     metric = records[0]["metric"]["select"]
     scores = [record["scores"]["validation"].get(metric, -math.inf) for record in records]
     # Candidates that were dropped saw fewer steps: the winner is one of those that saw them all.
-    last = max(record["steps_done"] for record in records)
-    best = max((n for n in range(count) if records[n]["steps_done"] == last), key=lambda n: scores[n])
+    finalists = [number for number in range(count) if records[number]["status"] == "done"]
+    if not finalists:
+        raise SoftPromptsError(f"--search {count}: no candidate was left; the first {records[0]['reason']}")
+    best = max(finalists, key=lambda number: scores[number])
     chosen = tried[best]
     outcome |= {
         "chosen": best,
@@ -105,10 +124,10 @@ def check_searchable(settings: RunSettings) -> None:
     Raises:
         UsageError: they cannot.
     """
-    if alone(settings):
+    if alone(settings) or has_head(settings):
         raise UsageError(
-            "--search trains its candidates beside each other, which baselines, several tasks, start.kind and "
-            "model.compile do not allow; leave --search out"
+            "--search trains its candidates beside each other, which baselines, several tasks, start.kind, a "
+            "classification head and model.compile do not allow; leave --search out"
         )
 
 
@@ -185,7 +204,7 @@ def steps_per_rung(settings: RunSettings, count: int) -> int:
         alive = max(2, -(-alive // 2))
     rows = min(VALIDATION_ROWS, settings.data.validation_limit or VALIDATION_ROWS)
     # The survivors are also scored on as many test rows (`trial`), which decides nothing.
-    evaluation = (rows * rounds + alive) * ROW_COST / settings.train.batch_size
+    evaluation = (rows * rounds + alive) * row_cost(settings) / settings.train.batch_size
     steps = int((SHARE * settings.train.steps - evaluation) / rounds)
     if steps < LEAST_STEPS:
         need = math.ceil((LEAST_STEPS * rounds + evaluation) / SHARE)
@@ -196,15 +215,25 @@ def steps_per_rung(settings: RunSettings, count: int) -> int:
     return steps
 
 
+def row_cost(settings: RunSettings) -> float:
+    """Estimate what scoring a row costs, in rows trained, before anything is loaded."""
+    plan, protocol = settings.eval, settings.data.protocol
+    task = None if settings.task is None else get_task(settings.task)
+    open_answers = settings.data.kind == "text" if task is None else task.label_words is None
+    if not (open_answers or plan.scoring == "generate" or (plan.scoring == "auto" and protocol == "paper")):
+        return ROW_COST
+    usual = OPEN_TARGET_TOKENS if task is None else task.max_target_tokens or OPEN_TARGET_TOKENS
+    return ROW_COST + TOKEN_COST * (settings.data.max_target_tokens or usual) * plan.beams
+
+
 def trial(settings: RunSettings, steps: int) -> RunSettings:
     """Return a candidate's settings for the search: few steps, few rows, no baseline."""
-    limit = settings.data.validation_limit
-    rows = VALIDATION_ROWS if limit is None else min(limit, VALIDATION_ROWS)
     short = {"steps": RUNGS * steps, "eval_every": steps, "patience": None, "save_every": None, "warmup": None}
     return settings.updated(
         train=settings.train.updated(**short),
-        data=settings.data.updated(validation_limit=rows, test_limit=1),
-        eval=settings.eval.updated(untuned=False),
+        data=settings.data.updated(test_limit=1),
+        # A choice of every class in its share: the first rows of own data may all be of one.
+        eval=settings.eval.updated(untuned=False, validation_rows=VALIDATION_ROWS),
     )
 
 

@@ -11,6 +11,8 @@ from softprompts.errors import UsageError
 
 SLOT = "prompt_adapter"
 """Name of the one submodule that `attach` adds. PEFT's prefix, `softprompt_`, must not be part of it."""
+WINDOWS = {"sliding_window": "sliding", "attention_chunk_size": "chunked", "window_size": "local"}
+"""Settings of attention layers that reach over some slots alone, and what such layers are called."""
 TASK_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
 
@@ -40,6 +42,9 @@ def decoder_body(model: Any) -> Any:
     Raises:
         UsageError: the decoder of an encoder-decoder model (BART) by itself, whose positions count the padding.
     """
+    inner = getattr(model, "model", None)
+    if model.base_model is model and isinstance(inner, nn.Module) and getattr(model, "lm_head", None) is not None:
+        return inner  # Llama 4's text model is looked for under the name it has beside images
     inner = getattr(model.base_model, "decoder", None)
     if not isinstance(inner, nn.Module) or model.base_model is model:
         return model.base_model
@@ -65,6 +70,22 @@ def head_modules(model: Any) -> dict[str, nn.Module]:
 def classifies_rows(model: Any) -> bool:
     """Whether the model has one answer per row, so that the order of its tokens' states does not matter."""
     return type(model).__name__.endswith(("ForSequenceClassification", "ForMultipleChoice"))
+
+
+def attention_window(model: Any) -> int | None:
+    """Return over how many slots the narrowest attention layer of a decoder reaches, None if all reach everywhere."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)  # GPT-Neo's name
+    found = []
+    for layer in getattr(config, "per_layer_config", None) or [config]:
+        for name, kind in WINDOWS.items():
+            size = getattr(layer, name, None)
+            # Configs without a list of layers have one kind alone; GPT-Neo's setting means nothing without its list.
+            used = kind != "local" if kinds is None else any(kind in str(other) for other in kinds)
+            off = kind == "sliding" and getattr(layer, "use_sliding_window", None) is False
+            if isinstance(size, int) and size > 0 and used and not off:
+                found.append(size)
+    return min(found, default=None)
 
 
 def position_limit(model: Any) -> int | None:

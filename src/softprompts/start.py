@@ -39,7 +39,7 @@ def run_stages(
     Raises:
         UsageError: a method without two parts, no source, or settings that cannot be used.
     """
-    from softprompts.sweep import has_head
+    from softprompts.sweep import has_head, several_processes
     from softprompts.train import train_together
 
     runs = [stage(settings, part) for part in PARTS]
@@ -53,12 +53,12 @@ def run_stages(
             write_record(out, {"schema": SCHEMA, "status": "running", "settings": settings.model_dump(mode="json")})
 
     # A head belongs to one prompt, so that such parts are trained one after the other.
-    together = [[0], [1]] if has_head(settings) else [[0, 1]]
+    together = [[0], [1]] if has_head(settings) or several_processes() else [[0, 1]]
     records: list[dict[str, Any]] = []
     for numbers in together:
         some, outs = [runs[i] for i in numbers], [folders[i] for i in numbers]
         first = begin if not records else lambda: None
-        records += train_together(some, outs, resume=resume, progress=progress, begin=first)
+        records += train_together(some, outs, resume=resume, overwrite=overwrite, progress=progress, begin=first)
     about: dict[str, Any] = {"kind": settings.start.kind, "task": runs[0].task, "steps": runs[0].train.steps}
     for part, record in zip(PARTS, records, strict=True):
         metric = record["metric"]["select"]

@@ -12,17 +12,21 @@ seed = [1, 2, 3]
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from softprompts import results
 from softprompts.config import RunSettings, flat, insert, merged, resolve_tree
-from softprompts.errors import UsageError
+from softprompts.errors import Diverged, UsageError
 from softprompts.population import Halving, fits
 
 if TYPE_CHECKING:
@@ -83,15 +87,34 @@ def folder_name(values: dict[str, Any]) -> str:
 def groups(planned: Sequence[Planned], most: int) -> list[list[Planned]]:
     """Return the runs in groups that share a backbone, in the order of the plan.
 
-    A model that answers through a head trains one run at a time: the head belongs to one prompt.
+    A model that answers through a head trains one run at a time: the head belongs to one prompt. So do all runs of
+    several processes.
     """
     found: list[list[Planned]] = []
+    most = 1 if several_processes() else most
     for run in planned:
         home = next((g for g in found if len(g) < most and fits(g[0].settings, run.settings)), None)
         if home is None or has_head(run.settings):
             found.append([run])
         else:
             home.append(run)
+    return found
+
+
+def several_processes() -> bool:
+    """Whether this process is one of several that train together; told by what launched them."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def interrupted(planned: Sequence[Planned], out: Path) -> list[list[Planned]]:
+    """Return the groups that a stopped sweep was training, each as it was: their common state knows its members."""
+    found = []
+    for run in planned:
+        state = out / run.name / results.STATE
+        if state.exists():
+            with suppress(SafetensorError), safe_open(state, "pt") as file:
+                names = set(file.metadata())
+                found.append([run, *(other for other in planned if other.name in names and other is not run)])
     return found
 
 
@@ -126,19 +149,24 @@ def run_sweep(
     Raises:
         UsageError: settings, data or folders that cannot be used.
     """
-    records: dict[str, dict[str, Any]] = {}
-    for group in groups(planned, most):
-        if not overwrite:
-            done = {run.name: finished(out / run.name, run.settings) for run in group}
-            records |= {name: record for name, record in done.items() if record is not None}
-            # Without a common state, what is done stays as it is; with one, the group goes on as a whole.
-            if not (out / group[0].name / results.STATE).exists() or None not in done.values():
-                group = [run for run in group if done[run.name] is None]
-        if group:
-            begun = any((out / run.name / name).exists() for run in group for name in results.BEGINNINGS)
-            drop = Halving(ROUNDS) if halving and len(group) > 1 else None
-            resume = begun and not overwrite
-            records |= run_group(group, out, halving=drop, resume=resume, overwrite=overwrite, progress=progress)
+    # What is done stays as it is; what was stopped goes on in the company that it had.
+    records = {} if overwrite else {run.name: finished(out / run.name, run.settings) for run in planned}
+    stopped = [] if overwrite else interrupted(planned, out)
+    held = {run.name for group in stopped for run in group}
+    fresh = [run for run in planned if run.name not in held and records.get(run.name) is None]
+    for group in [*stopped, *groups(fresh, most)]:
+        begun = any((out / run.name / name).exists() for run in group for name in results.BEGINNINGS)
+        drop = Halving(ROUNDS) if halving and len(group) > 1 else None
+        if halving and drop is None and progress is not None:
+            progress.note(f"{group[0].name} trains alone: there is nothing to halve")
+        try:
+            records |= run_group(
+                group, out, halving=drop, resume=begun and not overwrite, overwrite=overwrite, progress=progress
+            )
+        except Diverged as error:
+            if progress is not None:
+                progress.note(f"{group[0].name}: {error}")
+            records[group[0].name] = results.read_record(out / group[0].name)
     return summary(planned, records)
 
 
@@ -179,21 +207,23 @@ def finished(folder: Path, settings: RunSettings) -> dict[str, Any] | None:
     return record if record["status"] in ("done", "dropped") else None
 
 
-def summary(planned: Sequence[Planned], records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summary(planned: Sequence[Planned], records: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
     """Return every run's scores, the means over seeds and draws, and each task's best setting by validation score.
 
-    `n` counts the runs of a mean, and `sd` is their sample standard deviation.
+    `n` counts the runs of a mean, and `sd` is their sample standard deviation. Where runs were dropped, those settings
+    that have most of theirs are compared: the mean of the survivors alone would flatter.
     """
     rows = []
     for run in planned:
         record = records[run.name]
-        scores = record["scores"]
+        assert record is not None, "every run was done, or failed"
+        scores = record.get("scores", {})  # a run that failed has none
         row = {
             "run": run.name,
             "values": run.values,
             "status": record["status"],
-            "steps": record["steps_done"],
-            "validation": scores["validation"].get(record["metric"]["select"]),
+            "steps": record.get("steps_done"),
+            "validation": scores.get("validation", {}).get(record["metric"]["select"]),
             "test": scores.get("test", {}).get(record["metric"]["report"]),
         }
         rows.append(row)
@@ -213,6 +243,7 @@ def summary(planned: Sequence[Planned], records: dict[str, dict[str, Any]]) -> d
     best: dict[tuple, dict[str, Any]] = {}
     for entry in settings:
         scored = tuple(entry["values"].get(name) for name in SCORED)
-        if scored not in best or entry["validation"]["mean"] > best[scored]["validation"]["mean"]:
+        rank = (entry["n"], entry["validation"]["mean"])
+        if scored not in best or rank > (best[scored]["n"], best[scored]["validation"]["mean"]):
             best[scored] = entry
     return {"runs": rows, "settings": settings, "best_by_validation": list(best.values())}

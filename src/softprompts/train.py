@@ -19,7 +19,7 @@ from softprompts.attach import adapters_of, attach
 from softprompts.backbone import default_device, load_backbone
 from softprompts.budget import scored_rows
 from softprompts.config import RunSettings
-from softprompts.data import load_data, make_encoder, num_labels, truncation_notes
+from softprompts.data import Encoder, Rows, load_data, make_encoder, num_labels, truncation_notes
 from softprompts.errors import SoftPromptsError, UsageError
 from softprompts.loop import Progress, Run
 from softprompts.member import Member
@@ -81,6 +81,8 @@ def train_together(
         SoftPromptsError: a loss is not a number, or the disk refuses.
     """
     folders, progress = [Path(out) for out in outs], progress or Progress()
+    if len({out.name for out in folders}) < len(folders):
+        raise UsageError("two folders have the same last name, which tells the runs apart; name them differently")
     first = settings[0]
     check_fit(settings)
     if len(first.tasks) > 1:
@@ -103,9 +105,9 @@ def train_together(
     begun = resume and (folders[0] / results.STATE).exists()
     if first.start.kind != "random":
         # Once the run itself has begun, its stages may be gone.
-        made = {"start": earlier[0]["start"]} if begun and earlier[0] is not None else None
-        made = made or run_stages(first, folders[0], resume=resume, overwrite=overwrite, progress=progress)
-        about = (about or {}) | made
+        parts = {"start": earlier[0]["start"]} if begun and earlier[0] is not None else None
+        parts = parts or run_stages(first, folders[0], resume=resume, overwrite=overwrite, progress=progress)
+        about = (about or {}) | parts
         resume, overwrite = True, False  # the parts trained alone are the beginning of the run
     torch.manual_seed(first.seed)
     task_data = load_data(first)
@@ -126,17 +128,23 @@ def train_together(
         if not any(parameter.requires_grad for parameter in backbone.model.parameters()):
             raise UsageError(f"method '{one.method['name']}' trains nothing here; take a prompt method, or a head")
     adapters = adapters_of(backbone.model)
-    reaches = [adapters.reach(name) for name in names]
-    encoder = make_encoder(backbone, task_data.task, first.data, min((r for r in reaches if r), default=None))
-    shared = {name: encoder.encode(getattr(task_data, name)) for name in ("train", "validation", "test")}
-    for note in (*task_data.notes, *truncation_notes(shared, encoder)):
+    for note in task_data.notes:
         progress.note(note)
+    # Each adapter reaches as far as it would alone; those that reach equally far share their tokens.
+    encoded: dict[int, tuple[Encoder, dict[str, Rows]]] = {}
     members: list[Member] = []
     for one, out, name, before in zip(settings, folders, names, earlier, strict=True):
-        data, splits = task_data, shared
+        encoder = make_encoder(backbone, task_data.task, first.data, adapters.reach(name))
+        if encoder.max_source not in encoded:
+            made = {split: encoder.encode(getattr(task_data, split)) for split in ("train", "validation", "test")}
+            encoded[encoder.max_source] = encoder, made
+            for note in truncation_notes(made, encoder):
+                progress.note(note)
+        encoder, splits = encoded[encoder.max_source]
+        data = task_data
         if (one.data.shots, one.data.shot_seed) != (first.data.shots, first.data.shot_seed):
             data = load_data(one)
-            splits = {**shared, "train": encoder.encode(data.train)}
+            splits = {**splits, "train": encoder.encode(data.train)}
         scored, limits = scored_rows(one, encoder, splits)
         for note in limits if not members else ():
             progress.note(note)

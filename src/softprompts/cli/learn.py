@@ -44,7 +44,7 @@ def train(
     """Train a prompt on a task or on your own data."""
     from softprompts.arguments import assignments, default_folder, given, seed_list, which_data
     from softprompts.config import RunSettings, resolve
-    from softprompts.results import check_folder, clear_folder, read_record
+    from softprompts.results import check_folder, read_record
 
     if file is not None and file.suffix != ".toml" and not file.exists():
         raise UsageError(f"{file} is not a settings file; for a task write --task {file}, for own data --data {file}")
@@ -85,17 +85,14 @@ def train(
     check_folder(folder, resume, overwrite)  # before the seconds that the imports take
 
     from softprompts.progress import make_progress
-    from softprompts.search import check_searchable, describe, find
+    from softprompts.search import describe, find
     from softprompts.show import messages
     from softprompts.train import train as train_run
 
     extra = {}
     with make_progress(messages()) as progress:
         if search is not None:
-            check_searchable(chosen)
-            if overwrite and not resume:
-                clear_folder(folder)
-            chosen, outcome = find(chosen, search, folder, resume=resume, progress=progress)
+            chosen, outcome = find(chosen, search, folder, resume=resume, overwrite=overwrite, progress=progress)
             progress.note(describe(outcome))
             resume, overwrite = True, False  # the search's outcome is the beginning of the run
             extra = {"search": {key: value for key, value in outcome.items() if key not in ("asked", "settings")}}
@@ -107,7 +104,7 @@ def _train_seeds(runs: dict[int, RunSettings], out: Path | None, resume: bool, o
     from statistics import mean, stdev
 
     from softprompts.arguments import default_folder
-    from softprompts.results import check_folder
+    from softprompts.results import check_folder, read_record
     from softprompts.show import emit, messages, show_runs
 
     out = out or default_folder(next(iter(runs.values())), "")
@@ -116,14 +113,12 @@ def _train_seeds(runs: dict[int, RunSettings], out: Path | None, resume: bool, o
         check_folder(folder, resume, overwrite)
 
     from softprompts.progress import make_progress
-    from softprompts.sweep import MEMBERS, Planned, groups, run_group
+    from softprompts.sweep import Planned, run_sweep
 
-    planned = [Planned(f"seed-{seed}", settings, {"seed": seed}) for seed, settings in runs.items()]
-    done: dict[str, dict[str, Any]] = {}
+    planned = [Planned(folder.name, runs[seed], {"seed": seed}) for seed, folder in folders.items()]
     with make_progress(messages(), f"{len(runs)} seeds") as progress:
-        for group in groups(planned, MEMBERS):
-            done |= run_group(group, out, resume=resume, overwrite=overwrite, progress=progress)
-    records = [{"folder": str(folders[seed]), **done[f"seed-{seed}"]} for seed in runs]
+        run_sweep(planned, out, overwrite=overwrite, progress=progress)
+    records = [{"folder": str(folder), **read_record(folder)} for folder in folders.values()]
     summary: dict[str, dict[str, Any]] = {"validation": {}, "test": {}}
     for split, metrics in summary.items():
         for metric in records[0]["scores"][split]:
