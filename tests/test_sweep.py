@@ -101,7 +101,9 @@ def test_a_sweep_goes_on_where_it_was_killed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("most", [1, 2])
 def test_a_run_that_diverges_does_not_end_the_sweep(most: int, tmp_path: Path) -> None:
-    planned = small(write(tmp_path, '"train.prompt_rate" = [3e38, 0.3]\n"train.warmup" = [0]\n"train.steps" = [8]\n'))
+    file = write(tmp_path, '"train.prompt_rate" = [1e25, 0.3]\n')
+    own = ("method={name='accept', prompt_length=6, budget_tokens=16}", "train.steps=12", "train.warmup=0")
+    planned = sweep.plan(file, [parse_assignment(text) for text in (*own, "train.batch_size=4")])
     found = sweep.run_sweep(planned, tmp_path / "out", most=most)
     wild, tame = found["runs"]
     assert (wild["status"], tame["status"]) == ("failed" if most == 1 else "dropped", "done")
