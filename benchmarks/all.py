@@ -1,6 +1,6 @@
 """Run every measurement of this folder, one after the other, each in a process of its own, and rewrite docs/speed.md.
 
-python benchmarks/all.py                  about ten minutes on two cores; the machine should do nothing else
+python benchmarks/all.py                  about an hour on two cores, which should do nothing else
 python benchmarks/all.py --device cuda
 python benchmarks/all.py --quick          whether they run
 """

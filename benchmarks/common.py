@@ -28,7 +28,11 @@ GEMM = 2048
 QUIET = 0.05
 """Part of the processors that other processes may take before it is said."""
 PRODUCTS = 4
-"""Products of one turn: a single one is over too soon to be timed well."""
+"""Products of one call: a single one is over too soon to be timed well."""
+CALLS = {"cpu": 1, "cuda": 20}
+"""Calls of every side in a turn: on an accelerator one is over too soon."""
+WARMUP = {"cpu": 1, "cuda": 3}
+"""Turns before those that count."""
 FIELDS = ("benchmark", "quick", "device", "threads", "machine", "versions", "others_share", "skipped", "checks", "rows")
 """What every record has."""
 
@@ -45,6 +49,7 @@ def run_script(
     table: Table,
     arguments: Sequence[str],
     extra: Callable[[argparse.ArgumentParser], Any] = lambda parser: None,
+    rounds: bool = True,
 ) -> dict[str, Any]:
     """Parse, measure, print, write; return the record.
 
@@ -55,25 +60,35 @@ def run_script(
         table: makes columns and cells of a record.
         arguments: of the command line.
         extra: adds options of its own.
+        rounds: whether sides take turns, so that their number can be chosen.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help=f"where the record goes (results/{name}.json; --quick: nowhere)")
+    parser.add_argument(
+        "--json", type=Path, help=f"where the record goes (results/{name}.json, or {name}.cuda.json; --quick: nowhere)"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny models, one round: whether it runs, not how fast")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu (default) or cuda")
     parser.add_argument("--threads", type=int, help=f"of the CPU (default {THREADS}, --quick: 1)")
-    parser.add_argument("--rounds", type=int, help="turns of every side, beside one to warm up")
+    if rounds:
+        parser.add_argument("--rounds", type=int, help="turns of every side, beside those to warm up")
     extra(parser)
     options = parser.parse_args(arguments)
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device; leave it out")
+    if options.device == "cpu" and torch.cuda.is_available():
+        # Training takes the accelerator that it sees.
+        parser.error(
+            "--device cpu: a CUDA device is visible; hide it with CUDA_VISIBLE_DEVICES=, or take --device cuda"
+        )
     # Two threads on tiny products wait for each other more than they compute.
     with threads(options.threads or (1 if options.quick else THREADS)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # from inside transformers and PEFT
+        warnings.filterwarnings("ignore", message="Position ids are not supported")  # which PEFT's generate makes
         about = header(name, options)
         before = processor_seconds()
         found = measure(options)
         record = {**about, "others_share": others_share(before), "skipped": {}, "checks": {}, **found}
-    target = options.json or (None if options.quick else RESULTS / f"{name}.json")
+    target = options.json or (None if options.quick else place(name, options.device))
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -83,6 +98,11 @@ def run_script(
     if (record["others_share"] or 0.0) > QUIET:
         print(f"the machine was not quiet: other processes took {record['others_share']:.0%} of it")
     return record
+
+
+def place(name: str, device: str = "cpu") -> Path:
+    """Return where a record is kept: one of each device."""
+    return RESULTS / (f"{name}.json" if device == "cpu" else f"{name}.{device}.json")
 
 
 def header(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -149,13 +169,11 @@ def others_share(before: tuple[float, float, float] | None) -> float | None:
 
 def no_bf16(device: str) -> str | None:
     """Return why bf16 is not measured, None if the device has units for it."""
-    from softprompts.backbone import fast_bf16
+    from softprompts.backbone import cpu_bf16
 
-    if device.startswith("cuda"):
+    if device == "cuda":
         return None if torch.cuda.is_bf16_supported(including_emulation=False) else "this GPU emulates it"
-    # `fast_bf16` answers for the accelerator where there is one.
-    native = not torch.cuda.is_available() and fast_bf16()
-    return None if native else "this CPU has neither avx512_bf16 nor amx_bf16 and would emulate it"
+    return None if cpu_bf16() else "this CPU has neither avx512_bf16 nor amx_bf16 and would emulate it"
 
 
 @contextmanager
@@ -176,9 +194,10 @@ def finish(device: str) -> None:
 
 
 def interleaved(
-    sides: Mapping[str, Callable[[], Any]], rounds: int, device: str, warmup: int = 1
+    sides: Mapping[str, Callable[[], Any]], rounds: int, device: str, warmup: int | None = None
 ) -> dict[str, list[float]]:
     """Return the seconds of every side in every round. The sides take turns, every second round backwards."""
+    warmup, calls = WARMUP[device] if warmup is None else warmup, CALLS[device]
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(-warmup, rounds):
         names = list(sides) if number % 2 == 0 else list(sides)[::-1]
@@ -186,10 +205,11 @@ def interleaved(
         for name in names:
             finish(device)
             begun = time.perf_counter()
-            sides[name]()
+            for _ in range(calls):
+                sides[name]()
             finish(device)
             if number >= 0:
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append((time.perf_counter() - begun) / calls)
     return seconds
 
 
@@ -226,6 +246,11 @@ def rate(rows: int, depth: int, columns: int, seconds: Sequence[float]) -> list[
 def limit_share(work: int, rates: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
     """Return which part of the time `work` multiply-adds take at the rates of the same rounds."""
     return ratio([work / each for each in rates], seconds)
+
+
+def best_share(work: int, rates: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
+    """Return the same at the best rate of all rounds: what the machine can do when nothing disturbs it."""
+    return spread([work / max(rates) / each for each in seconds])
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -9,6 +9,7 @@ A table stands between `<!-- speed:train_step -->` and `<!-- /speed -->`; `speed
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import sys
@@ -16,26 +17,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, markdown
+from common import markdown, place
 
 PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
 BLOCK = re.compile(r"(<!-- speed:(\w+) -->\n).*?(<!-- /speed -->)", re.DOTALL)
 NAMES = ("train_step", "decoder_step", "memory", "population", "mixed_serving", "default_run", "start_up", "scaling")
+DEVICES = ("cpu", "cuda")
 
 
-def record_of(name: str) -> dict[str, Any] | None:
+def record_of(name: str, device: str = "cpu") -> dict[str, Any] | None:
     """Return a measurement's record, None if there is none."""
-    place = RESULTS / f"{name}.json"
-    return json.loads(place.read_text(encoding="utf-8")) if place.exists() else None
+    file = place(name, device)
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def block(name: str) -> str:
     """Return the text of one block."""
     if name == "machine":
         return machines()
-    record = record_of(name)
-    if record is None:
+    records = {device: record for device in DEVICES if (record := record_of(name, device)) is not None}
+    if not records:
         return "Not measured.\n"
+    parts = [described(name, record) for record in records.values()]
+    if "cuda" in records:
+        parts[-1] = f"On {records['cuda']['machine']['accelerator']}:\n\n{parts[-1]}"
+    return "\n".join(parts)
+
+
+def described(name: str, record: dict[str, Any]) -> str:
+    """Return a record's table and what has to be said with it."""
     text = markdown(*importlib.import_module(name).table(record))
     notes = [f"Not measured: {what} ({reason})." for what, reason in record["skipped"].items()]
     if record["others_share"] is not None:
@@ -68,8 +78,8 @@ SAID = {
 def machines() -> str:
     """Name the machines and releases of all records."""
     found = []
-    for name in NAMES:
-        record = record_of(name)
+    for name, device in itertools.product(NAMES, DEVICES):
+        record = record_of(name, device)
         if record is not None:
             machine = record["machine"]
             units = ", ".join(machine["vector_units"]) or "no vector units known"

@@ -28,7 +28,7 @@ from train_step import ANSWER, plan
 
 MIB = 2**20
 SIDES = ("ours", "reference", "peft")
-ROUNDS = 2
+ROUNDS = 5
 MEAN = 70
 
 

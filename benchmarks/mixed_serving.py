@@ -1,14 +1,15 @@
-"""Requests for 16 tasks in one batch, against switching adapters: 64 short requests, 16 adapters of ACCEPT.
+"""Requests for 16 tasks in one batch, against switching adapters: 32 short requests, 16 adapters of ACCEPT.
 
     python benchmarks/mixed_serving.py                  print the table, write results/mixed_serving.json
     python benchmarks/mixed_serving.py --device cuda
 
 `mixed` answers batches of 16 in the order of arrival, each row with its own adapter (`adapter_names`). Its peers switch
-with `set_adapter` and answer each request alone, in the order of arrival (`row by row`), or wait for all 64 and answer
-each task's four together (`task by task`). All on one PEFT model, through `softprompts.peft`: a forward pass as for
-ranking answers, then four generated tokens (label words), then twenty (the papers' length of QA answers). On the
-decoder-only shape also inside `remembering`, where every side keeps the keys and values of the 16 prompts. Random
-weights, texts of 16 tokens on average.
+with `set_adapter` and answer each request alone, in the order of arrival (`row by row`), or wait for all 32 and answer
+each task's two together (`task by task`). All on one PEFT model, through `softprompts.peft`; `PEFT` answers row by row
+with its own prompt tuning, 100 vectors, about as many numbers. A forward pass as for ranking answers, then four
+generated tokens (label words), then twenty (the papers' length of QA answers). On the decoder-only shape also inside
+`remembering`, where every side of ours keeps the keys and values of the 16 prompts. Random weights, texts of 16 tokens
+on average.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from common import difference, figure, interleaved, ratio, run_script, spread
 from models import LLAMA, PAD, QUICK_METHOD, T5_SMALL, TINY_LLAMA, TINY_T5, build, text_lengths, texts
-from peft import get_peft_model
+from peft import PromptTuningConfig, get_peft_model
 
 from softprompts import AcceptConfig
 from softprompts.attach import remembering
@@ -30,7 +31,7 @@ from softprompts.core import MethodConfig
 from softprompts.data import pad
 from softprompts.peft import SoftPromptConfig
 
-TASKS, REQUESTS, BATCH, MEAN, ROUNDS, PROMPT, BUDGET = 16, 64, 16, 16, 3, 40, 100
+TASKS, REQUESTS, BATCH, MEAN, ROUNDS, PROMPT, BUDGET = 16, 32, 16, 16, 5, 40, 100
 LENGTHS = (0, 4, 20)
 """Tokens generated; 0 = the last logits alone."""
 
@@ -40,10 +41,10 @@ def plan(quick: bool) -> dict[str, Any]:
     if quick:
         method: MethodConfig = AcceptConfig(offset_positions=24, **QUICK_METHOD)
         return {"models": {"t5": TINY_T5, "llama": TINY_LLAMA}, "method": method, "tasks": 2, "requests": 4, "batch": 2,
-                "mean": 6, "rounds": 1}  # fmt: skip
+                "mean": 6, "rounds": 1, "vectors": 8}  # fmt: skip
     method = AcceptConfig(prompt_length=PROMPT, budget_tokens=BUDGET)
     return {"models": {"T5-small": T5_SMALL, "Llama": LLAMA}, "method": method, "tasks": TASKS, "requests": REQUESTS,
-            "batch": BATCH, "mean": MEAN, "rounds": ROUNDS}  # fmt: skip
+            "batch": BATCH, "mean": MEAN, "rounds": ROUNDS, "vectors": BUDGET}  # fmt: skip
 
 
 class Server:
@@ -53,15 +54,23 @@ class Server:
         config: of the backbone.
         size: from `plan`.
         device: of the model.
+        plain: PEFT's own prompt tuning in place of our tuner.
     """
 
-    def __init__(self, config: Any, size: Mapping[str, Any], device: str) -> None:
+    def __init__(self, config: Any, size: Mapping[str, Any], device: str, plain: bool = False) -> None:
         self.seq2seq, self.device, self.batch = config.is_encoder_decoder, device, size["batch"]
+        self.plain = plain
         kind = "SEQ_2_SEQ_LM" if self.seq2seq else "CAUSAL_LM"
         self.names = [f"task-{number}" for number in range(size["tasks"])]
-        self.model = get_peft_model(build(config, device), SoftPromptConfig(size["method"], kind), self.names[0])
+
+        def adapter() -> Any:
+            if not plain:
+                return SoftPromptConfig(size["method"], kind)
+            return PromptTuningConfig(task_type=kind, num_virtual_tokens=size["vectors"], num_transformer_submodules=1)
+
+        self.model = get_peft_model(build(config, device), adapter(), self.names[0])
         for name in self.names[1:]:
-            self.model.add_adapter(name, SoftPromptConfig(size["method"], kind))
+            self.model.add_adapter(name, adapter())
         torch.manual_seed(3)
         for key, parameter in self.model.named_parameters():
             if "softprompt_methods" in key:  # starts near zero would make all tasks alike
@@ -93,11 +102,15 @@ class Server:
             found.append(self.answer(chosen, new, adapter_names=[self.tasks[i] for i in chosen]))
         return torch.cat(found)
 
+    def switch(self, name: str) -> None:
+        """Let all rows use one adapter from now on."""
+        self.model.set_adapter(name, **({} if self.plain else {"inference_mode": True}))
+
     def row_by_row(self, new: int) -> torch.Tensor:
         """Answer each request alone."""
         found = []
         for number, name in enumerate(self.tasks):
-            self.model.set_adapter(name, inference_mode=True)
+            self.switch(name)
             found.append(self.answer([number], new))
         return torch.cat(found)
 
@@ -106,7 +119,7 @@ class Server:
         found: dict[int, torch.Tensor] = {}
         for name in self.names:
             chosen = [number for number, task in enumerate(self.tasks) if task == name]
-            self.model.set_adapter(name, inference_mode=True)
+            self.switch(name)
             for start in range(0, len(chosen), self.batch):
                 part = chosen[start : start + self.batch]
                 found |= dict(zip(part, self.answer(part, new), strict=True))
@@ -122,10 +135,11 @@ def measure(options: Namespace) -> dict[str, Any]:
     with torch.no_grad():
         for name, config in size["models"].items():
             server = Server(config, size, options.device)
+            peft = Server(config, size, options.device, plain=True)
             checks[name] = agreement(server)
             for remembers in (False, True)[: 1 if server.seq2seq else 2]:
                 with remembering(server.inner) if remembers else nullcontext():
-                    rows += timed(name, server, remembers, size["rounds"], options.device)
+                    rows += timed(name, server, peft, remembers, size["rounds"], options.device)
     return {"rows": rows, "checks": checks}
 
 
@@ -139,12 +153,13 @@ def agreement(server: Server) -> dict[str, float]:
     }
 
 
-def timed(name: str, server: Server, remembers: bool, rounds: int, device: str) -> list[dict[str, Any]]:
+def timed(name: str, server: Server, peft: Server, remembers: bool, rounds: int, device: str) -> list[dict[str, Any]]:
     """Return a row for ranking and one for each number of generated tokens."""
     found = []
     for new in LENGTHS:
         ways: dict[str, Callable[[int], Any]] = {
-            "mixed": server.mixed, "row by row": server.row_by_row, "task by task": server.task_by_task
+            "mixed": server.mixed, "row by row": server.row_by_row, "task by task": server.task_by_task,
+            "peft": peft.row_by_row
         }  # fmt: skip
         sides = {key: lambda way=way, new=new: way(new) for key, way in ways.items()}
         seconds = interleaved(sides, rounds, device)
@@ -157,6 +172,7 @@ def timed(name: str, server: Server, remembers: bool, rounds: int, device: str) 
                 "seconds": spread(seconds["mixed"]),
                 "faster_than_rows": ratio(seconds["row by row"], seconds["mixed"]),
                 "faster_than_tasks": ratio(seconds["task by task"], seconds["mixed"]),
+                "faster_than_peft": ratio(seconds["peft"], seconds["mixed"]),
             }
         )
     return found
@@ -170,10 +186,11 @@ def table(record: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
             figure(row["seconds"], 0, 1000 / row["requests"]),
             figure(row["faster_than_rows"]) + " x",
             figure(row["faster_than_tasks"]) + " x",
+            figure(row["faster_than_peft"]) + " x",
         ]
         for row in record["rows"]
     ]
-    return ("", "ms a request, mixed", "row by row takes", "task by task takes"), cells
+    return ("", "ms a request, mixed", "row by row takes", "task by task takes", "PEFT, row by row"), cells
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:

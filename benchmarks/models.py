@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,12 +32,19 @@ T5_NANO = T5Config(vocab_size=8192, d_model=256, d_kv=32, d_ff=1024, num_layers=
 LLAMA = LlamaConfig(vocab_size=8000, hidden_size=512, intermediate_size=1376, num_hidden_layers=6,
                     num_attention_heads=8, num_key_value_heads=8, pad_token_id=PAD, bos_token_id=2,
                     eos_token_id=END)  # fmt: skip
+T5_BASE = T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12, **START)
+SHAPES = {"t5-nano": T5_NANO, "t5-small": T5_SMALL, "t5-base": T5_BASE}
 TINY_T5 = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, **START)
 TINY_LLAMA = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=4, pad_token_id=PAD, bos_token_id=2,
                          eos_token_id=END)  # fmt: skip
 QUICK_METHOD = {"prompt_length": 5, "prompt_codewords": 3, "prompt_subspaces": 4, "offset_codewords": 3}
 """Sizes of ACCEPT that fit the tiny models."""
+
+
+def shape_option(parser: ArgumentParser, default: str = "t5-small") -> None:
+    """Add the option that says the model's shape."""
+    parser.add_argument("--shape", default=default, choices=SHAPES, help=f"of the model (default {default})")
 
 
 def build(config: Any, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:

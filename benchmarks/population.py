@@ -1,42 +1,44 @@
 """What a member of a population costs, against separate runs: 1, 2, 4 and 8 prompts on one backbone of t5-nano's shape.
 
     python benchmarks/population.py                  print the table, write results/population.json
-    python benchmarks/population.py --device cuda
+    python benchmarks/population.py --device cuda --shape t5-base --dtype bf16 --members 1,4,12,36
 
 The time of a step divided by the number of members, relative to a run alone on the same rows. With `same rows` all
-members see the same batch, as in a search over rates; with `own order` each has its own, so that texts are padded to
-the longest of all members' batches: there the peer is the mean of the members' runs alone. Random weights, ACCEPT with
-20 vectors, 16 rows, texts of 70 tokens on average.
+members see the same batch, as in a search over rates; with `own order` each has its own, as with other seeds: there
+the peer is the mean of the members' runs alone. Random weights, no dropout, ACCEPT with 20 vectors, 16 rows, texts of
+70 tokens on average.
 """
 
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from common import difference, figure, interleaved, ratio, run_script, spread
-from models import QUICK_METHOD, T5_NANO, TINY_T5, Loop, build, text_lengths, texts, typical_batch
+from models import QUICK_METHOD, SHAPES, TINY_T5, Loop, build, shape_option, text_lengths, texts, typical_batch
 
 from softprompts import AcceptConfig
 from softprompts.attach import adapters_of
 from softprompts.core import MethodConfig
 from softprompts.data import Rows, epoch_batches
 
-BATCH, ROWS, MEAN, ROUNDS, ANSWER = 16, 1024, 70, 5, 2
-MEMBERS = (1, 2, 4, 8)
+BATCH, ROWS, MEAN, ROUNDS, ANSWER = 16, 1024, 70, 15, 2
+MEMBERS = "1,2,4,8"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def plan(quick: bool) -> dict[str, Any]:
+def plan(quick: bool, shape: str = "t5-nano", members: str = MEMBERS) -> dict[str, Any]:
     """Return sizes, full or tiny."""
     if quick:
         method: MethodConfig = AcceptConfig(offset_positions=24, **QUICK_METHOD)
         return {"model": TINY_T5, "method": method, "batch": 3, "rows": 24, "mean": 8, "longest": 24, "rounds": 1,
                 "members": (1, 2)}  # fmt: skip
     method = AcceptConfig(prompt_length=20, budget_tokens=40)
-    return {"model": T5_NANO, "method": method, "batch": BATCH, "rows": ROWS, "mean": MEAN, "longest": 256,
-            "rounds": ROUNDS, "members": MEMBERS}  # fmt: skip
+    return {"model": SHAPES[shape], "method": method, "batch": BATCH, "rows": ROWS, "mean": MEAN, "longest": 256,
+            "rounds": ROUNDS, "members": tuple(map(int, members.split(",")))}  # fmt: skip
 
 
 def own_batches(lengths: Sequence[int], batch: int, members: int) -> list[list[int]]:
@@ -46,13 +48,13 @@ def own_batches(lengths: Sequence[int], batch: int, members: int) -> list[list[i
 
 def measure(options: Namespace) -> dict[str, Any]:
     """Time populations of every size, and each member alone, in turns."""
-    size, device = plan(options.quick), options.device
+    size, device, dtype = plan(options.quick, options.shape, options.members), options.device, DTYPES[options.dtype]
     lengths = text_lengths(size["rows"], size["mean"], size["longest"])
     rows = texts(lengths, ANSWER, size["model"].vocab_size)
     most = max(size["members"])
 
     def loop(chosen: Sequence[Sequence[int]]) -> Loop:
-        return Loop(build(size["model"], device), [size["method"]] * len(chosen), rows, chosen, device)
+        return Loop(build(size["model"], device, dtype), [size["method"]] * len(chosen), rows, chosen, device)
 
     same = [typical_batch(lengths, size["batch"])[0]] * most
     own = own_batches(lengths, size["batch"], most)
@@ -72,7 +74,14 @@ def measure(options: Namespace) -> dict[str, Any]:
     found.append(row("own order", most, seconds["own"], seconds["alone"]))
     longest = [max(lengths[i] for i in batch) for batch in own]
     found[-1]["padding_alone"] = round(most * max(longest) / sum(longest), 3)
-    return {"rows": found, "checks": checks}
+    return {"shape": options.shape, "dtype": options.dtype, "rows": found, "checks": checks}
+
+
+def options_of(parser: ArgumentParser) -> None:
+    """Add what this measurement alone can be told."""
+    shape_option(parser, "t5-nano")
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the backbone (default fp32)")
+    parser.add_argument("--members", default=MEMBERS, help=f"sizes of the populations (default {MEMBERS})")
 
 
 def row(case: str, members: int, together: Sequence[float], apart: Sequence[float]) -> dict[str, Any]:
@@ -132,7 +141,7 @@ def table(record: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
     """Measure, print and write; return the record."""
-    return run_script("population", __doc__, measure, table, arguments)
+    return run_script("population", __doc__, measure, table, arguments, options_of)
 
 
 if __name__ == "__main__":

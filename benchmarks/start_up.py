@@ -4,11 +4,12 @@
 
 Every round starts fresh processes in turns: the help, the demo until its first optimizer step is done (imports, data,
 tokens, backbone, the prompt's start), Python alone, and the import of torch and transformers alone, which nothing that
-trains can do without.
+trains can do without. All modules are compiled, as from the second start on.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from common import figure, interleaved, ratio, run_script, spread
 
 ROUNDS = 5
@@ -57,7 +59,8 @@ def measure(options: Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
 
         def start(arguments: list[str]) -> None:
-            subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+            environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+            subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=environment)
 
         sides = {name: lambda own=own: start(own) for name, own in commands(folder).items() if name in wanted}
         seconds = interleaved(sides, rounds, options.device, warmup=0 if options.quick else 1)

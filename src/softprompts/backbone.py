@@ -213,6 +213,11 @@ def fast_bf16() -> bool:
     """Whether this machine has bf16 units: a CUDA device that supports it, or a CPU with AVX-512 BF16 or AMX."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cpu_bf16()
+
+
+def cpu_bf16() -> bool:
+    """Whether the processor has AVX-512 BF16 or AMX."""
     if platform.system() != "Linux":
         return False
     cpu = Path("/proc/cpuinfo")
