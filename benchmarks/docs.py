@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import targets
 from common import markdown, place
 
 PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
@@ -35,6 +36,8 @@ def block(name: str) -> str:
     """Return the text of one block."""
     if name == "machine":
         return machines()
+    if name == "targets":
+        return markdown(*targets.table(record_of))
     records = {device: record for device in DEVICES if (record := record_of(name, device)) is not None}
     if not records:
         return "Not measured.\n"

@@ -213,6 +213,21 @@ def test_the_page_shows_the_committed_numbers(load: Any) -> None:
         assert record is None or not record["quick"], "quick runs are no results"
 
 
+def test_the_targets_are_judged_by_the_records(load: Any) -> None:
+    targets = load("targets")
+    row = {"dtype": "fp32", "text_tokens": 70, "faster_than_reference": {"median": 4.26}}
+    first, second = targets.TARGETS[:2]
+    assert first.row({"rows": [row]})[1:] == ["4.26 x at 70 tokens", "reached"]
+    assert first.row({"rows": [{**row, "faster_than_reference": {"median": 3.99}}]})[2] == "missed"
+    assert second.row({"rows": [row]})[1:] == second.row(None)[1:] == ["not measured here", "open"]
+    evaluating = next(target for target in targets.TARGETS if target.benchmark == "default_run")
+    rows = [{"task": "a", "eval_share": 0.05}, {"task": "b", "eval_share": 0.11}]
+    assert evaluating.row({"rows": rows})[1:] == ["5.0 % (a); 11.0 % (b)", "partly"]
+    known = load("docs").record_of
+    assert all(known(target.benchmark) is not None and target.figures(known(target.benchmark)) is not None
+               for target in targets.TARGETS)  # fmt: skip
+
+
 def test_bf16_is_left_out_with_a_reason(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     common = load("common")
     monkeypatch.setattr("softprompts.backbone.cpu_bf16", lambda: False)

@@ -165,6 +165,17 @@ def test_rows_of_several_adapters_are_as_if_alone(model: str, window: int, side:
             assert_rows(real(network(input_ids=ids, attention_mask=mask).logits, mask), expected)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_texts_are_classified_as_if_alone(window: int, side: str) -> None:
+    config = transformers.MistralConfig(**LLAMA, sliding_window=window, initializer_range=0.2)
+    network, (ids, mask, rows) = transformers.MistralForSequenceClassification(config).eval(), ragged(side)
+    attach(network, config_of("accept"))
+    scatter(network.prompt_adapter)
+    expected = torch.cat([network(input_ids=row).logits for row in rows])
+    assert_close(network(input_ids=ids, attention_mask=mask).logits, expected, atol=ROUNDING, rtol=ROUNDING)
+
+
 @pytest.mark.parametrize("window", [8, 12, 64])
 def test_a_batch_shares_its_prompt_unless_it_crosses_the_window(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     network, ids = prompted("mistral", window), text(3)
