@@ -152,6 +152,18 @@ def test_remembered_prompts_answer_the_same(model: str, beams: int) -> None:
     assert adapters_of(network).hooks.memory.kept is None
 
 
+def test_one_row_is_answered_from_memory() -> None:
+    """The commonest service: one request after the other."""
+    network, ids = prompted("llama", "accept"), text(1)
+    plan = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=PAD)
+    plain = [network(input_ids=ids).logits, network.generate(ids, **plan)]
+    with remembering(network):
+        first = tokens_through(network, lambda: plain_equal(plain[:1], [network(input_ids=ids).logits]))
+        again = tokens_through(network, lambda: plain_equal(plain[:1], [network(input_ids=ids).logits]))
+        assert first - again == 5 and again == ids.shape[1]
+        plain_equal(plain[1:], [network.generate(ids, **plan)])
+
+
 def plain_equal(plain: list[Tensor], remembered: list[Tensor]) -> None:
     for one, other in zip(plain, remembered, strict=True):
         assert_close(one, other, atol=1e-5, rtol=0)

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tiny import MODELS, NAMES, NEED_SOURCES, WRITERS, build, config_of, forward, padded, scatter, text
+from tiny import MODELS, NAMES, NEED_SOURCES, WRITERS, build, config_of, forward, padded, prompted, scatter, text
 from torch.testing import assert_close
 
 from softprompts.attach import adapters_of, attach, disabled, using
@@ -170,3 +170,12 @@ def test_threads_do_not_disturb_each_other() -> None:
             together = list(pool.map(lambda job: job[0](*job[1:]), jobs))
             for one, other in zip(alone, together, strict=True):
                 assert_close(one, other, atol=ROUNDING, rtol=0)
+
+
+def test_bare_rows_alone_have_beams_too() -> None:
+    network, ids = prompted("llama", "accept"), text(2)
+    plan = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0, num_beams=3)
+    with disabled(network):
+        bare = network.generate(ids, **plan)
+    with using(network, ["__base__", "__base__"]):
+        assert torch.equal(network.generate(ids, **plan), bare)

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from softprompts.core import SoftPrompt
 from softprompts.errors import UsageError
+from softprompts.generation import count_text, default_mask, option, with_text
 from softprompts.masks import asked, extended_types, ones_for, positions, restarts, sorted_by, text_positions
 from softprompts.memory import PromptMemory, can_share, new_cache, note_packed, slot_order
 from softprompts.rows import Selection
@@ -175,7 +177,7 @@ class Hooks:
 
     def _before_head(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note which tokens have labels: they are the answer, at which a prompt made from the text must not look."""
-        labels = kwargs.get("labels")
+        labels = by_name(module, args, kwargs).get("labels")
         if labels is not None and labels.dim() == 2:
             self.answers[thread()] = labels != IGNORED
 
@@ -203,7 +205,7 @@ class Hooks:
             self._check_length(selection, mask, new)
             self._check_answer(module, selection, answer)
         crosses = self._window is not None and past + new + (selection.length if past == 0 else 0) > self._window
-        shares = cache is None and not crosses and can_share(module, set(kwargs), selection, len(embeds))
+        shares = cache is None and not crosses and self._shares(module, set(kwargs), selection, len(embeds))
         if shares:
             kwargs["past_key_values"] = self.memory.cache(module, selection, embeds, mask, len(embeds))
             call.hide_cache = not uses_cache(module, kwargs)
@@ -275,7 +277,9 @@ class Hooks:
         selection = self._choose(len(ids if embeds is None else embeds), False)
         if selection is None or kwargs.get("custom_generate") is not None:
             given = {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask}
-            return plain(model, **kwargs, **{key: value for key, value in given.items() if value is not None})
+            # Bare rows too may become several for one name.
+            with self._generation() if selection is None else nullcontext():
+                return plain(model, **kwargs, **{key: value for key, value in given.items() if value is not None})
         refuse(kwargs.get("assistant_model") is not None, "assistant_model", "use prompt_lookup_num_tokens")
         lookup = option(model, kwargs, "prompt_lookup_num_tokens") is not None
         for name, off in UNFIT.items():
@@ -286,6 +290,7 @@ class Hooks:
         embeds = self._embed(decoder_body(model), ids) if embeds is None else embeds
         mask = default_mask(model, kwargs, ids, embeds) if mask is None else mask
         check_mask(mask)
+        refuse(lookup and not bool(mask.all()), "prompt lookup and padding", "generate one text at a time, unpadded")
         self._check_length(selection, mask, embeds.shape[1])
         text = embeds.shape[1] if ids is None else ids.shape[1]
         rows = len(embeds) * max(option(model, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
@@ -295,7 +300,7 @@ class Hooks:
         own = option(model, kwargs, "cache_implementation") is not None or kwargs.get("past_key_values") is not None
         more = option(model, kwargs, "max_new_tokens") or self._window or 0  # unlimited rows cross any window
         crosses = self._window is not None and selection.length + embeds.shape[1] + more > self._window
-        if not own and not lookup and not crosses and can_share(body, accepted, selection, rows):
+        if not own and not lookup and not crosses and self._shares(body, accepted, selection, rows):
             kwargs["past_key_values"] = self.memory.cache(body, selection, embeds, mask, rows)
         prompt, embeds = selection(embeds, positions(mask), mask)
         if prompt is not None:
@@ -312,14 +317,22 @@ class Hooks:
         # Prompt lookup crops the cache to the length of the ids, which must then be the length of the embeddings.
         if ids is not None and not lookup:
             kwargs["input_ids"] = ids
-        self._generating.add(thread())
-        try:
+        with self._generation():
             out = plain(model, inputs_embeds=embeds, attention_mask=mask, **kwargs)
-        finally:
-            self._generating.discard(thread())
         if order is not None and cache is None:
             note_packed(getattr(out, "past_key_values", None), mask.shape[1])
         return with_text(out, ids) if lookup and ids is not None else out
+
+    @contextmanager
+    def _generation(self) -> Iterator[None]:
+        self._generating.add(thread())
+        try:
+            yield
+        finally:
+            self._generating.discard(thread())
+
+    def _shares(self, body: nn.Module, accepted: set[str], selection: Selection, rows: int) -> bool:
+        return can_share(body, accepted, selection, rows, self.memory.kept is not None)
 
     def _check_answer(self, module: nn.Module, selection: Selection, answer: Tensor | None) -> None:
         """Refuse to train a prompt that is made from the text where nobody said which part of it is the answer."""
@@ -402,41 +415,3 @@ def to_own_dtype(module: nn.Module, args: tuple) -> tuple:
     """Pre-hook of a head kept in fp32 on a backbone of lower precision."""
     dtype = next(module.parameters()).dtype
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
-
-
-def option(model: Any, kwargs: dict, name: str) -> Any:
-    """Return an option of `generate`, where it was said last: in the call, its generation config, or the model's."""
-    for place in (kwargs, vars(kwargs.get("generation_config") or object), vars(model.generation_config)):
-        if place.get(name) is not None:
-            return place[name]
-    return None
-
-
-def count_text(model: Any, kwargs: dict, text: int) -> None:
-    """Write lengths that count the text (T = `text` tokens) as numbers of new tokens, in place."""
-    for length, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        wanted = option(model, kwargs, length)
-        if option(model, kwargs, new) is None and wanted:
-            kwargs[new] = max(wanted - text, 0)
-            if new == "max_new_tokens" and wanted <= text:
-                raise UsageError(f"max_length={wanted} leaves nothing to generate after {text} tokens; raise it")
-            kwargs.pop(length, None)
-
-
-def default_mask(model: Any, kwargs: dict, ids: Tensor | None, embeds: Tensor) -> Tensor:
-    """Return the mask that `generate` itself assumes: pads are not text, unless they also end texts."""
-    pad, eos = (option(model, kwargs, f"{name}_token_id") for name in ("pad", "eos"))
-    ends = eos if isinstance(eos, list | tuple) else [eos]
-    if ids is None or ids.shape[1] != embeds.shape[1] or pad is None or pad in ends or not (ids == pad).any():
-        return ones_for(embeds)
-    return (ids != pad).long()
-
-
-def with_text(out: Any, ids: Tensor) -> Any:
-    """Put the text before generated tokens, as `generate` does when it is given ids."""
-    sequences = out if isinstance(out, Tensor) else out.sequences
-    whole = torch.cat([ids.repeat_interleave(len(sequences) // len(ids), 0), sequences], 1)
-    if isinstance(out, Tensor):
-        return whole
-    out.sequences = whole
-    return out

@@ -139,7 +139,11 @@ def new_cache(body: Any) -> Any:
     return DynamicCache(config=body.config)
 
 
-def can_share(body: nn.Module, accepted: set[str], selection: Selection, batch: int) -> bool:
-    """Whether a batch of that size gains from one prompt for all rows, and the model can do it."""
+def can_share(body: nn.Module, accepted: set[str], selection: Selection, batch: int, remembers: bool) -> bool:
+    """Whether a batch of that size gains from prompts computed beforehand, and the model can do it.
+
+    A single row gains nothing, unless the prompt is remembered.
+    """
     recomputes = body.training and bool(getattr(body, "gradient_checkpointing", False))
-    return batch > 1 and selection.shared and not recomputes and {"past_key_values", "position_ids"} <= accepted
+    gains = batch > 1 or remembers
+    return gains and selection.shared and not recomputes and {"past_key_values", "position_ids"} <= accepted

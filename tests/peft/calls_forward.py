@@ -163,7 +163,9 @@ def check_bf16(case: Case, folder: Path) -> None:
 @call("gradient checkpointing", "non-reentrant: gradients = without")
 def check_recompute(case: Case, folder: Path) -> None:
     network, (ids, mask) = case.peft().train(), batch()
-    more = {} if case.arch == "bert" else {"use_cache": False}
+    more: dict[str, Any] = {} if case.arch == "bert" else {"use_cache": False}
+    if case.task == "CAUSAL_LM":  # in training, a prompt made from the text has to know where the answer begins
+        more["labels"] = torch.cat([torch.full_like(ids[:, :-1], -100), ids[:, -1:]], 1)
     plain = gradients(case, network, ids, mask, **more)
     network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     near_all(gradients(case, network, ids, mask, **more), plain, "gradients", tolerance=1e-4)
