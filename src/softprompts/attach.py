@@ -47,7 +47,7 @@ def attach(
         UsageError: the name is taken, the sizes do not fit the model, or a start cannot be had.
 
     The logits have the input's length; hidden states and attentions, if asked for, stay as the backbone computed
-    them, prompt first.
+    them, prompt first (behind the padding, in a decoder whose attention window the row exceeds).
     """
     adapters = getattr(model, SLOT, None)
     if adapters is None:
