@@ -1,121 +1,145 @@
-"""How much of each split a run scores: evaluating takes less than a tenth of a default run; the rest is said."""
-
-from pathlib import Path
+"""Sizes from the budget: the paper's Table 12, the other published counts, and formula = what is built."""
 
 import pytest
-from test_evaluate import encoder_of, splits_of
-from tiny import build
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import NAMES, WIDTH, config_of
 
-from softprompts import results
-from softprompts.budget import ROW_COST, scored_rows
-from softprompts.config import TrainSettings, parse_assignment, resolve
-from softprompts.loop import Progress
-from softprompts.train import train
-from softprompts.trained import open_trained
+from softprompts.errors import UsageError
+from softprompts.methods.accept import AcceptConfig
+from softprompts.methods.adept import ADePTConfig
+from softprompts.methods.attempt import AttemptConfig
+from softprompts.methods.dept import DePTConfig
+from softprompts.methods.mpt import MPTConfig
+from softprompts.methods.prompt_tuning import PromptTuningConfig
+from softprompts.methods.tpt import TPTConfig
+from softprompts.registry import method_config, method_from_dict, methods
+
+T5_BASE = 768
+
+# Paper: Table 12. Subspaces, codewords, total parameters as printed.
+SCPP_ROWS = [
+    (48, 12, 74_496), (24, 20, 74_880), (12, 30, 75_360), (8, 36, 75_648), (6, 40, 75_840), (4, 45, 76_080),
+    (3, 48, 76_224), (2, 51, 76_008), (1, 55, 76_260),
+]  # fmt: skip
+SCAP_ROWS = [
+    (48, 2, 72_192), (24, 4, 73_728), (12, 8, 76_800), (8, 10, 74_240), (6, 13, 76_032), (4, 17, 76_544),
+    (3, 20, 76_800), (2, 24, 76_800), (1, 30, 76_800),
+]  # fmt: skip
 
 
-def counts(*more: str, kind: str = "seq2seq", **sizes: int) -> tuple[tuple[int, int, int], list[str]]:
-    """Return the rows scored in training, at its end and without a prompt, and the notes."""
-    settings = resolve(None, [parse_assignment(text) for text in ("task=glue/sst2", *more)])
-    splits = splits_of(**sizes)
-    chosen, notes = scored_rows(settings, encoder_of(build("t5"), kind), splits)
-    for rows in chosen.values():
-        assert sum(e.label or 0 for e in rows.examples) == pytest.approx(len(rows) / 4, abs=1)
-    return (len(chosen["validation"]), len(chosen["test"]), len(chosen["untuned"])), notes
+@pytest.mark.parametrize(("subspaces", "codewords", "printed"), SCPP_ROWS)
+def test_table_12_scpp_with_the_low_rank_half(subspaces: int, codewords: int, printed: int) -> None:
+    config = method_config("accept+dept", {"prompt": {"prompt_subspaces": subspaces}})
+    assert config.resolved(T5_BASE).prompt.prompt_codewords == codewords
+    assert config.num_trainable(T5_BASE) == printed
 
 
-def test_evaluations_cost_a_tenth_of_the_training() -> None:
-    (validation, test, untuned), notes = counts()
-    assert (validation, test, untuned) == (133, 1067, 267)
-    evaluations = TrainSettings().steps // TrainSettings().eval_steps()
-    spent = ROW_COST * (evaluations * validation + test + untuned)
-    trained = TrainSettings().steps * TrainSettings().batch_size
-    assert spent / (spent + trained) < 0.1
-    assert notes == [
-        "validation scores in training are of 133 of 1,000 rows, a fixed choice (eval.validation_rows)",
-        "test scores are of 1,067 of 5,000 rows, a fixed choice (eval.test_rows=all or `softprompts eval` takes "
-        "every one)",
-        "the untuned backbone is scored on 267 of 5,000 test rows",
-    ]
+@pytest.mark.parametrize(("subspaces", "codewords", "printed"), SCAP_ROWS)
+def test_table_12_scap_with_the_free_prompt(subspaces: int, codewords: int, printed: int) -> None:
+    config = method_config("prompt_tuning+accept", {"offset": {"offset_subspaces": subspaces}})
+    assert config.resolved(T5_BASE).offset.offset_codewords == codewords
+    assert config.num_trainable(T5_BASE) == printed
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("config", "width", "count"),
     [
-        (["train.steps=20"], (64, 500, 64)),
-        (["train.steps=100000"], (1000, 5000, 5000)),
-        (["train.batch_size=32"], (267, 2133, 533)),
-        (["eval.validation_rows=50"], (50, 1067, 267)),
-        (["eval.validation_rows=5000"], (1000, 1067, 267)),
-        (["eval.validation_rows=all"], (1000, 1067, 267)),
-        (["eval.test_rows=all"], (133, 5000, 267)),
-        (["eval.test_rows=200"], (133, 200, 200)),
-        (["data.protocol=paper"], (1000, 5000, 5000)),
-        (["data.protocol=paper", "eval.validation_rows=300"], (300, 5000, 5000)),
-        (["data.protocol=paper", "eval.test_rows=300"], (1000, 300, 300)),
-        (["data.validation_limit=1000"], (1000, 1067, 267)),
-        (["data.test_limit=5000"], (133, 5000, 5000)),
-        (["eval.scoring=generate"], (round(80 / 0.84), round(640 / 0.84), round(160 / 0.84))),
+        (AcceptConfig(), 768, 74_880),
+        (AcceptConfig(offset_positions=348), 768, 44_160 + 29_280),
+        (AcceptConfig(prompt_length=40, offset_positions=512), 768, 74_176),
+        (AcceptConfig(prompt_length=40, offset_positions=256), 512, 50_304),
+        (AcceptConfig(), 512, 49_920),
+        (AcceptConfig(), 1024, 98_816),
+        (PromptTuningConfig(), 768, 76_800),
+        (DePTConfig(), 768, 76_800),
+        (DePTConfig(prompt_length=40), 768, 76_800),
+        (DePTConfig(prompt_length=80), 768, 76_800),
+        (DePTConfig(offset_positions=512), 768, 76_800),
+        (DePTConfig(offset_positions=348, rank=30), 768, 79_560),
+        (DePTConfig(prompt_length=40, rank=60, offset_positions=64), 4096, 413_440),
+        (ADePTConfig(), 768, 76_051),
+        (ADePTConfig(prompt_length=40), 768, 76_061),
+        (ADePTConfig(prompt_length=20), 768, 76_071),
+        (ADePTConfig(prompt_length=80), 768, 76_041),
+        (AttemptConfig(), 768, 76_800 + 153_600),
+        (AttemptConfig(source_prompts=("a",) * 6), 768, 230_400),
+        (MPTConfig(), 768, 77_668),
+        (TPTConfig(), 768, 537_600),
+        (TPTConfig(prompt_length=0), 768, 460_800),
     ],
 )
-def test_how_many_rows_are_scored(settings: list[str], expected: tuple[int, int, int]) -> None:
-    assert counts(*settings)[0] == expected
+def test_published_counts(config, width: int, count: int) -> None:
+    assert config.num_trainable(width) == count
 
 
-def test_small_splits_are_scored_whole_and_silently() -> None:
-    assert counts(validation=138, test=139) == ((138, 139, 139), [])
-    assert counts("eval.untuned=false", validation=138, test=800) == ((138, 800, 267), [])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_formula_is_what_is_built(name: str) -> None:
+    for config, width in ((config_of(name), WIDTH), (method_config(name), T5_BASE)):
+        assert sum(p.numel() for p in config.build(width).parameters()) == config.num_trainable(width)
 
 
-def test_beams_count() -> None:
-    assert counts("eval.scoring=generate", "eval.beams=2")[0][1] == round(640 / (0.6 + 0.03 * 8 * 2))
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_survive_being_written(name: str) -> None:
+    config = config_of(name).resolved(WIDTH)
+    assert method_from_dict(config.to_dict()) == config
+    assert config.resolved(WIDTH) == config
 
 
-def test_what_costs_more_than_its_share_is_said() -> None:
-    note = "evaluating will cost about as much as 248 of 1,000 steps"
-    assert counts("eval.test_rows=all")[1] == [counts()[1][0], counts()[1][2], note]
-    assert counts("train.steps=100", "eval.untuned=false", validation=60, test=400)[1][0].endswith("20 of 100 steps")
+@given(
+    prompt=st.integers(1, 90), positions=st.integers(1, 600), k=st.sampled_from([1, 2, 4, 8, 16]),
+    width=st.sampled_from([64, 128, 512, 768]),
+)  # fmt: skip
+def test_the_budget_is_used_but_never_exceeded(prompt: int, positions: int, k: int, width: int) -> None:
+    config = AcceptConfig(
+        prompt_length=prompt, prompt_subspaces=k, offset_positions=positions, offset_subspaces=k, budget_tokens=100
+    )
+    try:
+        count = config.num_trainable(width)
+    except UsageError as error:
+        assert "too small for one codeword" in str(error)
+        return
+    assert count <= 100 * width
+    for change in ({"prompt_codewords": 1}, {"offset_codewords": 1}):
+        sized = config.resolved(width)
+        one_more = {key: getattr(sized, key) + more for key, more in change.items()}
+        part = "prompt_part" if "prompt_codewords" in change else "offset_part"
+        share = prompt if part == "prompt_part" else 100 - prompt
+        assert getattr(sized.updated(**one_more), part)(width).num_trainable > share * width
 
 
-def test_longer_texts_cost_more() -> None:
-    settings = resolve(None, [("task", "glue/sst2")])
-    splits = splits_of() | {"validation": splits_of(length=100)["validation"]}
-    assert len(scored_rows(settings, encoder_of(build("t5"), "seq2seq"), splits)[0]["validation"]) == 67
+def test_parts_alone_take_the_whole_budget() -> None:
+    scpp, scap = AcceptConfig(offset_positions=0), AcceptConfig(prompt_length=0)
+    assert scpp.resolved(768).prompt_codewords == 34 and scpp.num_trainable(768) == 34 * (768 + 60 * 24)
+    assert scap.resolved(768).offset_codewords == 60 and scap.num_trainable(768) == 76_800
 
 
-def test_a_run_says_what_it_scored(tmp_path: Path) -> None:
-    own = ["task=demo/mood", "model.dtype=fp32", "method={name='accept', prompt_length=6, budget_tokens=16}",
-           "data.train_limit=16", "train.batch_size=4", "train.steps=2", "eval.validation_rows=24",
-           "eval.test_rows=40"]  # fmt: skip
-    notes: list[str] = []
+@pytest.mark.parametrize(
+    ("name", "settings", "width", "message"),
+    [
+        ("accpet", {}, 768, "unknown method 'accpet'; did you mean 'accept'?"),
+        ("accept", {"prompt_lenght": 3}, 768, "unknown setting 'prompt_lenght'; did you mean 'prompt_length'?"),
+        ("accept", {"prompt_length": -3}, 768, "prompt_length=-3 cannot be used"),
+        ("accept", {"weighting": "mean"}, 768, "weighting='mean' cannot be used"),
+        ("accept", {"prompt_subspaces": 25}, 768, "prompt_subspaces=25 does not divide the model width 768; try 24"),
+        ("accept", {"offset_subspaces": 3}, 512, "offset_subspaces=3 does not divide the model width 512; try 2 or 4"),
+        ("accept", {"budget_tokens": 60}, 768, "budget_tokens=60 leaves nothing for the offset"),
+        ("accept", {"budget_tokens": 61}, 768, "too small for one codeword"),
+        ("dept", {"budget_tokens": 61}, 768, "too small for rank 1"),
+        ("adept", {"budget_tokens": 61}, 768, "too small for rank 1"),
+        ("accept+dept", {"rank": 3}, 768, "in 'accept+dept' write prompt.rank or offset.rank"),
+        ("accept+prompt_tuning", {}, 768, "prompt_tuning adds nothing"),
+        ("accept+dept", {"prompt": {"prompt_length": 0}}, 768, "accept prepends nothing"),
+        ("tpt", {"top_k": 601}, 768, "top_k=601 vectors cannot be taken from a bank of bank_size=600"),
+    ],
+)
+def test_impossible_sizes_say_the_way_out(name: str, settings: dict, width: int, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        method_config(name, settings).build(width)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
-    class Listen(Progress):
-        def note(self, text: str) -> None:
-            notes.append(text)
 
-    record = train(resolve(None, [parse_assignment(text) for text in own]), tmp_path, progress=Listen())
-    assert record["scores"]["validation"]["n"] == 24 and record["scores"]["test"]["n"] == 40
-    assert record["baselines"]["untuned"]["n"] == record["baselines"]["majority"]["n"] == 40
-    assert record["data"]["sizes"] == {"train": 16, "validation": 80, "test": 120}
-    assert len((tmp_path / results.PREDICTIONS).read_text().splitlines()) == 40
-    assert open_trained(tmp_path).evaluate().scores["n"] == 120
-    assert any("of 24 of 80 rows" in note for note in notes)
-
-
-def test_few_rows_and_several_tasks_train_less() -> None:
-    assert counts(train=4)[0] == (64, 500, 67), "4 rows a step, not 16"
-    settings, splits = resolve(None, [("task", "glue/sst2")]), splits_of()
-    chosen, notes = scored_rows(settings, encoder_of(build("t5"), "seq2seq"), splits, 2)
-    assert [len(rows) for rows in chosen.values()] == [67, 533, 133] and len(notes) == 3
-
-
-def test_larger_choices_have_the_smaller_ones() -> None:
-    splits, encoder = splits_of(), encoder_of(build("t5"), "seq2seq")
-    before: dict[str, set[int]] = {}
-    for steps in (500, 1000, 1500, 3000):
-        settings = resolve(None, [("task", "glue/sst2"), ("train.steps", steps)])
-        chosen = scored_rows(settings, encoder, splits)[0]
-        rows = {name: {id(example) for example in part.examples} for name, part in chosen.items()}
-        assert rows["untuned"] < rows["test"]
-        assert all(before[name] < rows[name] for name in before)
-        before = rows
+def test_nothing_at_all_is_refused() -> None:
+    with pytest.raises(UsageError, match="nothing to train"):
+        AcceptConfig(prompt_length=0, offset_positions=0).build(768)
+    assert "none" in methods()

@@ -246,7 +246,7 @@ def test_beams_count_in_batches_and_costs() -> None:
 
 
 def splits_of(train: int = 4000, validation: int = 1000, test: int = 5000, length: int = 20) -> dict[str, Rows]:
-    """Splits of two classes, a quarter of the rows in the second; how much of them is scored is in test_budget."""
+    """Splits of two classes, a quarter of the rows in the second; how much of them is scored is in test_scored."""
 
     def rows(count: int) -> Rows:
         examples = [Example("x", "0", (), label=int(i % 4 == 0)) for i in range(count)]

@@ -14,11 +14,11 @@ from test_train import settings_of, weights
 from softprompts import results, sweep
 from softprompts.attach import attach
 from softprompts.backbone import load_backbone
-from softprompts.budget import scored_rows
 from softprompts.checkpoint import WEIGHTS_FILE, save_adapter
 from softprompts.config import ModelSettings, RunSettings, parse_assignment
 from softprompts.data import load_data, make_encoder
 from softprompts.errors import UsageError
+from softprompts.scored import scored_rows
 from softprompts.tasks import load_task
 from softprompts.tasks.own import load_own
 from softprompts.tasks.splits import sample_shots

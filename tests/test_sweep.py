@@ -8,12 +8,12 @@ import pytest
 from test_train import SMALL, KillAt, Killed, settings_of
 
 from softprompts import results, search, sweep
-from softprompts.budget import ROW_COST, TOKEN_COST
 from softprompts.cli import main
 from softprompts.config import parse_assignment, resolve
 from softprompts.errors import SoftPromptsError, UsageError
 from softprompts.loop import Progress
 from softprompts.population import fits
+from softprompts.scored import ROW_COST, TOKEN_COST
 from softprompts.train import train
 
 HEAD = """

@@ -26,7 +26,6 @@ from torch import Tensor
 from softprompts import results
 from softprompts.attach import adapters_of, attach, using
 from softprompts.backbone import Backbone, default_device, load_backbone
-from softprompts.budget import scored_rows
 from softprompts.checkpoint import ROOT, adapter_folder, load_adapter, write_adapter
 from softprompts.config import RunSettings
 from softprompts.core import MethodConfig, SoftPrompt
@@ -35,6 +34,7 @@ from softprompts.errors import Diverged, SoftPromptsError, UsageError
 from softprompts.evaluate import Evaluation
 from softprompts.loop import Progress, Run
 from softprompts.member import Member
+from softprompts.scored import scored_rows
 from softprompts.train import carry_out, unfinished
 from softprompts.trained import RUN_ENTRY
 

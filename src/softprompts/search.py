@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from softprompts.budget import ROW_COST, TOKEN_COST
 from softprompts.config import RunSettings
 from softprompts.core import CombinedConfig, MethodConfig
 from softprompts.data import OPEN_TARGET_TOKENS
@@ -22,6 +21,7 @@ from softprompts.errors import SoftPromptsError, UsageError
 from softprompts.files import write_text
 from softprompts.population import Halving, alone
 from softprompts.results import SEARCH, TRIALS, clear_folder
+from softprompts.scored import ROW_COST, TOKEN_COST
 from softprompts.sweep import has_head
 from softprompts.tasks import get_task
 from softprompts.weighting import find_weighting

@@ -151,6 +151,9 @@ def run_sweep(
     """
     # What is done stays as it is; what was stopped goes on in the company that it had.
     records = {} if overwrite else {run.name: finished(out / run.name, run.settings) for run in planned}
+    done = sum(record is not None for record in records.values())
+    if done and progress is not None:
+        progress.note(f"{done} of {len(planned)} runs are done")
     stopped = [] if overwrite else interrupted(planned, out)
     held = {run.name for group in stopped for run in group}
     fresh = [run for run in planned if run.name not in held and records.get(run.name) is None]

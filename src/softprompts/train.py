@@ -17,13 +17,13 @@ from accelerate import Accelerator
 from softprompts import results
 from softprompts.attach import adapters_of, attach
 from softprompts.backbone import default_device, load_backbone
-from softprompts.budget import scored_rows
 from softprompts.config import RunSettings
 from softprompts.data import Encoder, Rows, load_data, make_encoder, num_labels, truncation_notes
 from softprompts.errors import SoftPromptsError, UsageError
 from softprompts.loop import Progress, Run
 from softprompts.member import Member
 from softprompts.population import Halving, check_fit
+from softprompts.scored import scored_rows
 from softprompts.start import run_stages, started
 
 

@@ -85,7 +85,7 @@ def test_several_seeds_give_mean_and_spread(train_here: Train, tmp_path: Path) -
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"seed-1", "seed-2"}
 
     again = train_here("--seeds", "1,2", "--resume")
-    assert again.err.count("nothing to resume") == 2
+    assert "2 of 2 runs are done" in again.err
     assert "mean" in again.out and "sd" in again.out
 
 

@@ -16,6 +16,8 @@ LEAST = {"validation": 64, "test": 500, "untuned": 64}
 """Fewer rows say too little, whatever they cost: at 500, one standard error of an accuracy of 0.8 is 1.8 points."""
 ROW_COST, TOKEN_COST = 0.6, 0.03
 """Cost of a row scored, and of a token generated for it, in rows trained (a row: 0.50 to 0.56 measured)."""
+SAID, SAID_STEPS = 0.2, 50
+"""From which part of the training on, and from how many steps' worth, the cost of evaluating is said beforehand."""
 USUAL_PROMPT = 60
 """Slots of a row beside its text, in estimates that must not differ among runs compared with each other."""
 NOTES = {
@@ -56,8 +58,8 @@ def scored_rows(
         spent += each * len(chosen[name]) * scores
         if scores and len(chosen[name]) < len(every):
             notes.append(NOTES[name].format(f"{len(chosen[name]):,} of {len(every):,}"))
-    if spent > 1.01 * sum(SHARES.values()) * trained:
-        steps = math.ceil(spent / trained * plan.steps)
+    steps = math.ceil(spent / trained * plan.steps)
+    if spent > SAID * trained and steps > SAID_STEPS:
         notes.append(f"evaluating will cost about as much as {steps:,} of {plan.steps:,} steps")
     return chosen, notes
 
