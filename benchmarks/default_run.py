@@ -6,7 +6,7 @@
 Trains ACCEPT on the embedded t5-nano for the default 1,000 steps, as `softprompts train --task TASK` does, and takes
 the seconds of training and of evaluating (validation on the way, test split and bare backbone at the end) from the
 run's record: one run per task. With `--search N` (default 8; 0 = none) the first task's run is preceded by a search
-among N candidates, and a run with search is compared with the run without.
+among N candidates, and a run with search is compared with the run without (what the search loads is counted as its).
 """
 
 from __future__ import annotations

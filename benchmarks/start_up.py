@@ -63,7 +63,7 @@ def measure(options: Namespace) -> dict[str, Any]:
             subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=environment)
 
         sides = {name: lambda own=own: start(own) for name, own in commands(folder).items() if name in wanted}
-        seconds = interleaved(sides, rounds, options.device, warmup=0 if options.quick else 1)
+        seconds = interleaved(sides, rounds, "cpu", warmup=0 if options.quick else 1)
     rows = [
         {"case": case, "seconds": spread(seconds[side]), "peer": peer, "to_peer": ratio(seconds[side], seconds[other])}
         for case, side, peer, other in cases

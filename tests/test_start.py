@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from softprompts import results
 from softprompts.config import RunSettings, resolve_tree
-from softprompts.errors import UsageError
+from softprompts.errors import SoftPromptsError, UsageError
 from softprompts.loop import Run
 from softprompts.registry import method_config
 from softprompts.start import part_alone, source_task, stage
@@ -145,6 +145,16 @@ def test_a_mistake_leaves_the_earlier_run_alone(tmp_path: Path) -> None:
         with pytest.raises(UsageError):
             train(resolve_tree(tree), out, overwrite=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_stage_that_diverges_ends_the_run(tmp_path: Path) -> None:
+    wild = settings_for("target", steps=12)
+    wild = wild.updated(train=wild.train.updated(prompt_rate=1e25, eval_every=6))
+    with pytest.raises(SoftPromptsError, match=r"^start.kind=target: the loss is nan"):
+        train(wild, tmp_path / "run")
+    assert results.read_record(tmp_path / "run")["status"] == "failed"
+    found = run_sweep([Planned("wild", wild, {"rate": 1e25})], tmp_path / "sweep")
+    assert found["runs"][0]["status"] == "failed" and found["best_by_validation"] == []
 
 
 def test_a_run_with_stages_can_be_overwritten(tmp_path: Path) -> None:

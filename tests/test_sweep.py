@@ -14,6 +14,7 @@ from softprompts.errors import SoftPromptsError, UsageError
 from softprompts.loop import Progress
 from softprompts.population import fits
 from softprompts.scored import ROW_COST, TOKEN_COST
+from softprompts.show import output, show_runs
 from softprompts.train import train
 
 HEAD = """
@@ -120,8 +121,18 @@ def test_a_stopped_sweep_may_grow(tmp_path: Path) -> None:
     assert [[run.name for run in group] for group in sweep.interrupted(three, tmp_path / "killed")] == [
         ["seed-1", "seed-2"]
     ]
-    grown = sweep.run_sweep(three, tmp_path / "killed", most=8)
-    assert grown == whole
+    notes: list[str] = []
+
+    class Listen(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    grown = sweep.run_sweep(three, tmp_path / "killed", most=8, progress=Listen())
+    assert grown == whole and "resumed at step 2" in notes
+    with pytest.raises(Killed):
+        sweep.run_sweep(two, tmp_path / "shrunk", most=2, progress=KillAt(3))
+    left = sweep.run_sweep(two[:1], tmp_path / "shrunk", progress=Listen())
+    assert left["runs"] == whole["runs"][1:2] and notes.count("resumed at step 2") == 2
 
 
 def test_halving_says_where_it_has_nothing_to_drop(tmp_path: Path) -> None:
@@ -163,6 +174,22 @@ def test_seeds_that_are_done_stay_done(tmp_path: Path) -> None:
     assert main([*given, "--seeds", "1,2,3", "--resume"]) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert results.read_record(out / "seed-3")["status"] == "done"
+
+
+def test_seeds_that_diverge_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    wild = ["-s", "train.prompt_rate=1e25", "-s", "train.warmup=0"]
+    given = ["train", *(part for text in SMALL for part in ("-s", text)), *wild, "--seeds", "1,2"]
+    assert main([*given, "--out", str(tmp_path / "all")]) == 1
+    assert "no seed was left: the loss is nan" in capsys.readouterr().err
+    runs = [
+        {"seed": 1, "status": "dropped"},
+        {"seed": 2, "status": "done", "method": "m", "task": "t", "model": "b", "protocol": "clean",
+         "scores": {"test": {"f1": 0.25, "n": 4}}},
+    ]  # fmt: skip
+    summary = {"validation": {}, "test": {"f1": {"mean": 0.25, "sd": None, "n": 1}}}
+    show_runs(output(), {"runs": runs, "summary": summary, "folder": "f"})
+    shown = capsys.readouterr().out
+    assert "seed 1 (dropped)" in shown and "0.2500" in shown
 
 
 def test_draws_of_few_shots_are_repetitions_like_seeds(tmp_path: Path) -> None:
@@ -298,6 +325,8 @@ def test_a_search_sees_every_class(tmp_path: Path) -> None:
 def test_a_candidate_that_diverges_loses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of("train.steps=90", "train.batch_size=8", "train.prompt_rate=1e25", "train.warmup=0")
     outcome = search.find(settings, 2, tmp_path / "run")[1]
+    text = (tmp_path / "run" / results.SEARCH).read_text()
+    assert "Infinity" not in text and outcome["trials"][0]["score"] is None
     assert outcome["chosen"] == 1 and [trial["status"] for trial in outcome["trials"]] == ["dropped", "done"]
     monkeypatch.setattr(search, "candidates", lambda settings, count: [settings] * count)
     with pytest.raises(SoftPromptsError, match="no candidate was left; the first the loss is nan"):

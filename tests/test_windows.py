@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from test_evaluate import WORDS, encoder_of, rows_of
 from tiny import LLAMA, PAD, SHAPES, VOCABULARY, WIDTH, build, config_of, scatter, text
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 from softprompts import hooks
 from softprompts.attach import adapters_of, attach, disabled, remembering, using
 from softprompts.errors import UsageError
+from softprompts.evaluate import rank_causal, rank_whole
 from softprompts.shapes import attention_window, decoder_body
 
 ROUNDING = 1e-5
@@ -321,3 +323,18 @@ def test_windows_are_read_from_the_config() -> None:
     for config in (off, full, transformers.MistralConfig(**LLAMA, sliding_window=None)):
         with torch.device("meta"):
             assert attention_window(transformers.AutoModelForCausalLM.from_config(config)) is None
+
+
+@pytest.mark.parametrize("window", [P + 10, P + 12, P + 14, 64])
+@pytest.mark.parametrize("make", [mistral, gemma3, gpt_neo])
+@torch.no_grad()
+def test_ranking_is_that_of_each_row_alone(make: Any, window: int) -> None:
+    """A batch within the window, whose words go beyond it: training scores the validation rows like this."""
+    torch.manual_seed(0)
+    network = attach(make(window).eval(), config_of("accept", prompt_length=P), initialise=False)
+    scatter(adapters_of(network).method())
+    encoder, rows = encoder_of(network, "causal"), rows_of((10, 3, 6))
+    together = rank_causal(encoder, rows, [0, 1, 2], WORDS)
+    for row in range(3):
+        alone = rank_whole(encoder, rows, [row], WORDS)
+        assert_close(together[row : row + 1], alone, atol=1e-4, rtol=0)

@@ -19,7 +19,7 @@ from softprompts.backbone import Backbone, decoder_start
 from softprompts.data import IGNORED, Encoder, Rows, eval_batches, pad
 from softprompts.errors import UsageError
 from softprompts.loss import hide_answer
-from softprompts.shapes import SLOT
+from softprompts.shapes import SLOT, attention_window
 from softprompts.tasks.base import Example, Protocol, Task
 
 Scoring = Literal["rank", "generate", "head"]
@@ -142,9 +142,14 @@ def batches_for(model: Any, rows: Rows, batch_size: int | None, beams: int = 1) 
     if batch_size is not None:
         return eval_batches(lengths, batch_size)
     slots = BATCH_SLOTS["cpu" if model.device.type == "cpu" else "accelerator"]
-    attached = adapters_of(model).methods() if hasattr(model, SLOT) else {}
-    prompt = max((method.length for method in attached.values()), default=0)
+    prompt = longest_prompt(model)
     return eval_batches([(length + prompt) * beams for length in lengths], max(1, BATCH_ROWS // beams), slots)
+
+
+def longest_prompt(model: Any) -> int:
+    """Return the length of the longest attached prompt."""
+    attached = adapters_of(model).methods() if hasattr(model, SLOT) else {}
+    return max((method.length for method in attached.values()), default=0)
 
 
 def to_device(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
@@ -217,7 +222,10 @@ def rank_causal(encoder: Encoder, rows: Rows, chosen: Sequence[int], words: list
     """
     model = encoder.backbone.model
     inputs = to_device(encoder.inputs(rows, chosen), model)
-    longer = max(len(word) for word in words) > 1
+    longest = max(len(word) for word in words)
+    longer, window = longest > 1, attention_window(model)
+    if longer and window is not None and longest_prompt(model) + inputs["input_ids"].shape[1] + longest > window:
+        return rank_whole(encoder, rows, chosen, words)  # behind padding in a cache, words would see less of the text
     out = model(**inputs, logits_to_keep=1, use_cache=longer)
     first = out.logits[:, -1].float().log_softmax(-1)
     likelihoods = first[:, [word[0] for word in words]]

@@ -325,7 +325,9 @@ class Run:
         """Take over the random state, and every member's step, weights and moments."""
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         for member in self.members:
-            own = self.key(member)
+            # Of a population that has shrunk to one since, the state knows it by its folder.
+            known = (self.key(member), member.out.name)
+            own = next((key for key in known if key in file.metadata()), self.key(member))
             mine = {k.removeprefix(f"{own}/"): value for k, value in tensors.items() if k.startswith(f"{own}/")}
             member.take(file.metadata()[own], mine)
         own = f"rng.{self.accelerator.process_index}"

@@ -43,9 +43,8 @@ def sorted_by(order: Tensor, values: Any) -> Any:
 
 def packing(mask: Tensor, slots: int) -> Tensor:
     """Return the order (B, T) that puts the padding before the rest in the first `slots` slots of each row."""
-    order = (mask[:, :slots] != 0).int().argsort(dim=1, stable=True)
-    rest = torch.arange(order.shape[1], mask.shape[1], device=mask.device)
-    return torch.cat([order, rest.expand(len(mask), -1)], 1)
+    behind = torch.arange(mask.shape[1], device=mask.device) >= slots
+    return ((mask != 0) | behind).int().argsort(dim=1, stable=True)
 
 
 def has_gaps(mask: Tensor) -> bool:

@@ -16,7 +16,7 @@ LEAST = {"validation": 64, "test": 500, "untuned": 64}
 """Fewer rows say too little, whatever they cost: at 500, one standard error of an accuracy of 0.8 is 1.8 points."""
 ROW_COST, TOKEN_COST = 0.6, 0.03
 """Cost of a row scored, and of a token generated for it, in rows trained (a row: 0.50 to 0.56 measured)."""
-SAID, SAID_STEPS = 0.2, 50
+SAID, SAID_STEPS = 0.11, 50
 """From which part of the training on, and from how many steps' worth, the cost of evaluating is said beforehand."""
 USUAL_PROMPT = 60
 """Slots of a row beside its text, in estimates that must not differ among runs compared with each other."""

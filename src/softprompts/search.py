@@ -106,7 +106,12 @@ def find(
         "chosen": best,
         "metric": metric,
         "trials": [
-            {**choice(one), "score": score, "steps": record["steps_done"], "status": record["status"]}
+            {
+                **choice(one),
+                "score": score if math.isfinite(score) else None,
+                "steps": record["steps_done"],
+                "status": record["status"],
+            }
             for one, score, record in zip(trials, scores, records, strict=True)
         ],
         "rows": records[best]["scores"]["validation"]["n"],

@@ -126,9 +126,13 @@ def show_tasks(console: Console, record: Mapping[str, Any]) -> None:
 def show_runs(console: Console, result: Mapping[str, Any]) -> None:
     """Print several seeds of one run, with mean and standard deviation."""
     runs, summary = result["runs"], result["summary"]
-    first = runs[0]
+    first = next(run for run in runs if run["status"] == "done")
     metrics = list(summary["test"])
-    rows = [[f"seed {run['seed']}", *(run["scores"]["test"][metric] for metric in metrics)] for run in runs]
+    rows = []
+    for run in runs:
+        scores = run.get("scores", {}).get("test", {})  # a run whose loss was no number anymore has none
+        note = "" if run["status"] == "done" else f" ({run['status']})"
+        rows.append([f"seed {run['seed']}{note}", *(scores.get(metric) for metric in metrics)])
     rows.append(["mean", *(summary["test"][metric]["mean"] for metric in metrics)])
     rows.append(["sd", *(summary["test"][metric]["sd"] for metric in metrics)])
     table(

@@ -14,9 +14,9 @@ import torch
 
 from softprompts.config import RunSettings
 from softprompts.core import MethodConfig
-from softprompts.errors import UsageError
+from softprompts.errors import Diverged, UsageError
 from softprompts.member import check_rates
-from softprompts.results import ADAPTER, RECORD, SCHEMA, START, clear_folder, write_record
+from softprompts.results import ADAPTER, RECORD, SCHEMA, START, clear_folder, read_record, write_record
 
 if TYPE_CHECKING:
     from softprompts.loop import Progress
@@ -55,10 +55,16 @@ def run_stages(
     # A head belongs to one prompt, so that such parts are trained one after the other.
     together = [[0], [1]] if has_head(settings) or several_processes() else [[0, 1]]
     records: list[dict[str, Any]] = []
-    for numbers in together:
-        some, outs = [runs[i] for i in numbers], [folders[i] for i in numbers]
-        first = begin if not records else lambda: None
-        records += train_together(some, outs, resume=resume, overwrite=overwrite, progress=progress, begin=first)
+    try:
+        for numbers in together:
+            some, outs = [runs[i] for i in numbers], [folders[i] for i in numbers]
+            first = begin if not records else lambda: None
+            records += train_together(some, outs, resume=resume, overwrite=overwrite, progress=progress, begin=first)
+        if lost := next((record for record in records if record["status"] != "done"), None):
+            raise Diverged(f"start.kind={settings.start.kind}: {lost['reason']}")
+    except Diverged as error:
+        write_record(out, {**read_record(out), "status": "failed", "error": f"{type(error).__name__}: {error}"})
+        raise
     about: dict[str, Any] = {"kind": settings.start.kind, "task": runs[0].task, "steps": runs[0].train.steps}
     for part, record in zip(PARTS, records, strict=True):
         metric = record["metric"]["select"]

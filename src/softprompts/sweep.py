@@ -103,7 +103,7 @@ def groups(planned: Sequence[Planned], most: int) -> list[list[Planned]]:
 
 def several_processes() -> bool:
     """Whether this process is one of several that train together; told by what launched them."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return any(int(os.environ.get(name, "1")) > 1 for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
 
 
 def interrupted(planned: Sequence[Planned], out: Path) -> list[list[Planned]]:
@@ -220,14 +220,14 @@ def summary(planned: Sequence[Planned], records: Mapping[str, dict[str, Any] | N
     for run in planned:
         record = records[run.name]
         assert record is not None, "every run was done, or failed"
-        scores = record.get("scores", {})  # a run that failed has none
+        scores, metric = record.get("scores", {}), record.get("metric", {})  # a run that failed may have none
         row = {
             "run": run.name,
             "values": run.values,
             "status": record["status"],
             "steps": record.get("steps_done"),
-            "validation": scores.get("validation", {}).get(record["metric"]["select"]),
-            "test": scores.get("test", {}).get(record["metric"]["report"]),
+            "validation": scores.get("validation", {}).get(metric.get("select")),
+            "test": scores.get("test", {}).get(metric.get("report")),
         }
         rows.append(row)
     means: dict[tuple, list[dict[str, Any]]] = {}
@@ -244,9 +244,6 @@ def summary(planned: Sequence[Planned], records: Mapping[str, dict[str, Any] | N
             entry[split] = {"mean": statistics.mean(values), "sd": sd}
         settings.append(entry)
     best: dict[tuple, dict[str, Any]] = {}
-    for entry in settings:
-        scored = tuple(entry["values"].get(name) for name in SCORED)
-        rank = (entry["n"], entry["validation"]["mean"])
-        if scored not in best or rank > (best[scored]["n"], best[scored]["validation"]["mean"]):
-            best[scored] = entry
+    for entry in sorted(settings, key=lambda entry: (-entry["n"], -entry["validation"]["mean"])):
+        best.setdefault(tuple(entry["values"].get(name) for name in SCORED), entry)
     return {"runs": rows, "settings": settings, "best_by_validation": list(best.values())}

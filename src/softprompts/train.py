@@ -99,6 +99,8 @@ def train_together(
     if all(record is not None and record["status"] in ("done", "dropped") for record in earlier):
         for out in folders:
             progress.note(f"{out} is finished; nothing to resume")
+            if accelerator.is_main_process:
+                (out / results.STATE).unlink(missing_ok=True)  # killed just before it was removed
         return [record for record in earlier if record is not None]
     for out in folders:
         results.check_folder(out, resume, overwrite)
@@ -160,7 +162,9 @@ def train_together(
         torch.manual_seed(first.seed + 7919 * accelerator.process_index)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    begin()
+    if accelerator.is_main_process:
+        begin()
+    accelerator.wait_for_everyone()
     return carry_out(Run(members, accelerator, progress, halving), overwrite=overwrite and not resume)
 
 
@@ -185,6 +189,7 @@ def carry_out(run: Run, *, overwrite: bool) -> list[dict[str, Any]]:
     if run.main:
         run.keep(records)
         run.state_file.unlink(missing_ok=True)
+    run.accelerator.wait_for_everyone()
     return records
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softprompts.cli.options import SETTING, Debug, Json, Set, app, how, what, where
-from softprompts.errors import UsageError
+from softprompts.errors import SoftPromptsError, UsageError
 
 if TYPE_CHECKING:
     from softprompts.config import RunSettings
@@ -119,11 +119,14 @@ def _train_seeds(runs: dict[int, RunSettings], out: Path | None, resume: bool, o
     with make_progress(messages(), f"{len(runs)} seeds") as progress:
         run_sweep(planned, out, overwrite=overwrite, progress=progress)
     records = [{"folder": str(folder), **read_record(folder)} for folder in folders.values()]
+    done = [record for record in records if record["status"] == "done"]
+    if not done:
+        raise SoftPromptsError(f"no seed was left: {records[0].get('reason') or records[0].get('error')}")
     summary: dict[str, dict[str, Any]] = {"validation": {}, "test": {}}
     for split, metrics in summary.items():
-        for metric in records[0]["scores"][split]:
+        for metric in done[0]["scores"][split]:
             if metric not in ("n", "invalid"):
-                values = [record["scores"][split][metric] for record in records]
+                values = [record["scores"][split][metric] for record in done]
                 sd = stdev(values) if len(values) > 1 else None
                 metrics[metric] = {"mean": mean(values), "sd": sd, "n": len(values)}
     emit({"folder": str(out), "runs": records, "summary": summary}, as_json, show_runs)
