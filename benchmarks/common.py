@@ -86,12 +86,17 @@ def run_script(
         warnings.filterwarnings("ignore", message="Position ids are not supported")  # which PEFT's generate makes
         about = header(name, options)
         before = processor_seconds()
-        found = measure(options)
-        record = {**about, "others_share": others_share(before), "skipped": {}, "checks": {}, **found}
-    target = options.json or (None if options.quick else place(name, options.device))
-    if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        target = options.json or (None if options.quick else place(name, options.device))
+
+        def keep(found: Mapping[str, Any]) -> dict[str, Any]:
+            record = {**about, "others_share": others_share(before), "skipped": {}, "checks": {}, **found}
+            if target is not None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            return record
+
+        options.keep = keep  # for measurements of many minutes, which may be stopped
+        record = keep(measure(options))
     print(plain(*table(record)))
     for what, reason in record["skipped"].items():
         print(f"not measured: {what} ({reason})")

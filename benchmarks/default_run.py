@@ -54,12 +54,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 raise SystemExit(f"{task}: {error}") from None
             skipped[task] = "its data are not here"
             del plans[task]
-    for number, (task, settings) in enumerate(plans.items()):
+    for number, settings in enumerate(plans.values()):
         with tempfile.TemporaryDirectory() as folder:
             # The search is tried with real sizes alone: two steps leave nothing to search with.
             count = 0 if number or options.quick else options.search
             rows.append(one_run(settings, Path(folder), count))
-            print(f"{task}: {rows[-1]}", file=sys.stderr, flush=True)
+        options.keep({"rows": rows, "skipped": skipped | dict.fromkeys(list(plans)[number + 1 :], "not yet")})
     return {"rows": rows, "skipped": skipped}
 
 
