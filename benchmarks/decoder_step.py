@@ -115,7 +115,7 @@ def table(record: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
             figure(row["faster_than_peft"]) + " x",
             f"{row['peft_multiply_adds'] / row['multiply_adds']:.2f} x",
             figure(row["share_of_limit"], 0, 100) + " %",
-            figure(row["share_of_best"], 0, 100) + " %",
+            figure(row["share_of_best"], 0, 100) + " %" if "share_of_best" in row else "",  # not in older records
             figure(row["share_of_own_limit"], 0, 100) + " %",
         ]
         for row in record["rows"]
