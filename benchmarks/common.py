@@ -96,6 +96,7 @@ def run_script(
             return record
 
         options.keep = keep  # for measurements of many minutes, which may be stopped
+        options.earlier = earlier(target, about)
         record = keep(measure(options))
     print(plain(*table(record)))
     for what, reason in record["skipped"].items():
@@ -103,6 +104,14 @@ def run_script(
     if (record["others_share"] or 0.0) > QUIET:
         print(f"the machine was not quiet: other processes took {record['others_share']:.0%} of it")
     return record
+
+
+def earlier(target: Path | None, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the record that is there, if it is of the same machine and releases as `about`."""
+    if target is None or not target.exists():
+        return None
+    record = json.loads(target.read_text(encoding="utf-8"))
+    return record if {key: record.get(key) for key in about} == about else None
 
 
 def place(name: str, device: str = "cpu") -> Path:

@@ -89,6 +89,24 @@ def test_a_default_run_says_what_evaluating_took(
     assert found["with_search"] == 2.5 and found["eval_share"] == 0.25
 
 
+def test_default_runs_of_other_tasks_stay_in_the_record(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, place = load("default_run"), tmp_path / "record.json"
+    arguments = ["--quick", "--json", str(place)]
+    monkeypatch.setattr(script, "one_run", lambda settings, folder, count: {"task": settings.task, "by": "first"})
+    monkeypatch.setattr(script, "table", lambda record: ((), []))
+    script.main([*arguments, "--task", "demo/mood"])
+    record = script.main([*arguments, "--task", "demo/request"])
+    assert [row["task"] for row in record["rows"]] == ["demo/request", "demo/mood"]
+    monkeypatch.setattr(script, "one_run", lambda settings, folder, count: {"task": settings.task, "by": "second"})
+    record = script.main([*arguments, "--task", "demo/mood"])
+    assert [row["by"] for row in record["rows"]] == ["first", "second"]
+    place.write_text(place.read_text().replace('"threads": 1', '"threads": 3'))
+    record = script.main([*arguments, "--task", "demo/mood"])
+    assert [row["task"] for row in record["rows"]] == ["demo/mood"], "rows of another machine do not mix"
+
+
 def checks(found: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for key, value in found.items():
         if isinstance(value, dict):

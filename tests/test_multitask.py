@@ -13,7 +13,6 @@ from tiny import PAD, WIDTH, build, config_of, forward, scatter, text
 from softprompts.attach import adapters_of, attach, using
 from softprompts.config import RunSettings, resolve_tree
 from softprompts.errors import UsageError
-from softprompts.loop import Run
 from softprompts.multitask import TasksRun, distance, mean_of, mixture, share
 from softprompts.search import find
 from softprompts.train import train
@@ -95,19 +94,10 @@ def test_a_new_task_starts_from_the_mean(mpt: Path, tmp_path: Path) -> None:
         assert torch.equal(own(tmp_path / "target" / "adapter", name), own(mpt / "adapter", name))
 
 
-def test_a_killed_run_ends_as_one_that_was_not(mpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Run.step
+def test_a_killed_run_ends_as_one_that_was_not(mpt: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
-
-    def die(self: Run, training: Any) -> None:
-        if self.members[0].state.step == 4:
-            raise KeyboardInterrupt
-        step(self, training)
-
-    monkeypatch.setattr(Run, "step", die)
-    with pytest.raises(KeyboardInterrupt):
-        train(settings_for("mpt"), out)
-    monkeypatch.setattr(Run, "step", step)
+    with pytest.raises(Killed):
+        train(settings_for("mpt"), out, progress=KillAt(4))
     train(settings_for("mpt"), out, resume=True)
     for name in ("adapter", "tasks/demo-mood/adapter", "tasks/demo-request/adapter"):
         ours, theirs = weights(mpt / name), weights(out / name)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from test_train import KillAt, Killed
 from tiny import WIDTH, build, config_of, forward, scatter, text
 from torch import nn
 
@@ -31,7 +32,7 @@ from softprompts.export import read_adapter
 from softprompts.peft import SoftPromptConfig
 from softprompts.registry import method_config
 from softprompts.results import ADAPTER
-from softprompts.train import Progress, train
+from softprompts.train import train
 
 BOTH = ("prompt.codebook.codebooks", "offset.codebook.codebooks")
 FROZEN_TINY = 5 * 4 * 3 + 24 * 2 * 3
@@ -145,17 +146,6 @@ def test_a_part_that_the_source_lacks_starts_afresh_unless_frozen(tmp_path: Path
         attach(build("t5"), config_of("accept", codebooks_from=str(tmp_path), prompt_length=0))
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
-
-
-class KillAt(Progress):
-    def advance(self, units: int = 1, **numbers: float) -> None:
-        self.done = getattr(self, "done", 0) + units
-        if self.done == 2:
-            raise Killed
-
-
 def test_a_run_moves_the_weights_alone_and_resumes_without_the_source(tmp_path: Path) -> None:
     small = (
         "task=demo/mood", "model.dtype=fp32", "method.prompt_length=6", "method.budget_tokens=16",
@@ -168,7 +158,7 @@ def test_a_run_moves_the_weights_alone_and_resumes_without_the_source(tmp_path: 
     more = (f"method.codebooks_from={tmp_path / 'source'}", "method.freeze_codebooks=true")
     settings = resolve(None, map(parse_assignment, (*small, *more)))
     with pytest.raises(Killed):
-        train(settings, tmp_path / "run", progress=KillAt())
+        train(settings, tmp_path / "run", progress=KillAt(2))
     shutil.rmtree(tmp_path / "source")
     record = train(settings, tmp_path / "run", resume=True)
     method = settings.method_config()

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_train import KillAt, Killed
 
 from softprompts import results
 from softprompts.config import RunSettings, resolve_tree
 from softprompts.errors import SoftPromptsError, UsageError
-from softprompts.loop import Run
 from softprompts.registry import method_config
 from softprompts.start import part_alone, source_task, stage
 from softprompts.sweep import Planned, run_sweep
@@ -69,38 +69,22 @@ def test_a_trained_adapter_does_not_need_its_start(tmp_path: Path) -> None:
     assert open_trained(out).evaluate().scores == record["scores"]["test"]
 
 
-def test_a_run_killed_in_a_stage_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = train(settings_for("target"), tmp_path / "whole")
-    step, out = Run.step, tmp_path / "killed"
-
-    def die(self: Run, training: Any) -> None:
-        if len(self.members) == 2 and training[0].state.step == 3:
-            raise KeyboardInterrupt
-        step(self, training)
-
-    monkeypatch.setattr(Run, "step", die)
-    with pytest.raises(KeyboardInterrupt):
-        train(settings_for("target"), out)
-    monkeypatch.setattr(Run, "step", step)
+def test_a_run_killed_in_a_stage_goes_on(tmp_path: Path) -> None:
+    whole, out = train(settings_for("target"), tmp_path / "whole"), tmp_path / "killed"
+    with pytest.raises(Killed):
+        train(settings_for("target"), out, progress=KillAt(3))
+    assert not (out / results.STATE).exists() and list(out.glob(f"start/*/{results.STATE}"))
     resumed = train(settings_for("target"), out, resume=True)
     assert resumed["scores"] == whole["scores"]
     ours, theirs = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("whole", "killed"))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_a_run_killed_after_its_stages_does_not_need_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = train(settings_for("target"), tmp_path / "whole")
-    step, out = Run.step, tmp_path / "killed"
-
-    def die(self: Run, training: Any) -> None:
-        if len(self.members) == 1 and training[0].state.step == 3:
-            raise KeyboardInterrupt
-        step(self, training)
-
-    monkeypatch.setattr(Run, "step", die)
-    with pytest.raises(KeyboardInterrupt):
-        train(settings_for("target"), out)
-    monkeypatch.setattr(Run, "step", step)
+def test_a_run_killed_after_its_stages_does_not_need_them(tmp_path: Path) -> None:
+    whole, out = train(settings_for("target"), tmp_path / "whole"), tmp_path / "killed"
+    with pytest.raises(Killed):
+        train(settings_for("target"), out, progress=KillAt(3, training=2))
+    assert (out / results.STATE).exists()
     shutil.rmtree(out / "start")
     resumed = train(settings_for("target"), out, resume=True)
     assert resumed["scores"] == whole["scores"] and resumed["start"] == whole["start"]
@@ -182,17 +166,10 @@ def test_a_rate_of_one_part_is_not_asked_of_the_other(tmp_path: Path) -> None:
     train(settings, tmp_path / "run")
 
 
-def test_a_sweep_goes_on_after_a_kill_in_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_goes_on_after_a_kill_in_a_stage(tmp_path: Path) -> None:
     planned = [Planned("one", settings_for("target"), {"seed": 42})]
-    step = Run.step
-
-    def die(self: Run, training: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "step", die)
-    with pytest.raises(KeyboardInterrupt):
-        run_sweep(planned, tmp_path)
-    monkeypatch.setattr(Run, "step", step)
+    with pytest.raises(Killed):
+        run_sweep(planned, tmp_path, progress=KillAt(1))
     assert run_sweep(planned, tmp_path)["runs"][0]["status"] == "done"
 
 

@@ -110,6 +110,9 @@ def test_a_run_that_diverges_does_not_end_the_sweep(most: int, tmp_path: Path) -
     assert (wild["status"], tame["status"]) == ("failed" if most == 1 else "dropped", "done")
     assert wild["test"] is None and tame["test"] is not None
     assert [entry["values"]["train.prompt_rate"] for entry in found["best_by_validation"]] == ["0.3"]
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("run.json")}
+    assert sweep.run_sweep(planned, tmp_path / "out", most=most) == found
+    assert {path: path.stat().st_mtime_ns for path in written} == written, "it would diverge again"
 
 
 def test_a_stopped_sweep_may_grow(tmp_path: Path) -> None:

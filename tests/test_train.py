@@ -47,13 +47,19 @@ class Killed(BaseException):
 
 
 class KillAt(Progress):
-    def __init__(self, step: int) -> None:
-        self.left = step
+    """Kills after so many units, counted from the training of that number on."""
+
+    def __init__(self, step: int, training: int = 0) -> None:
+        self.left, self.before = step, training
+
+    def phase(self, name: str, total: int) -> None:
+        self.before -= name == "train"
 
     def advance(self, units: int = 1, **numbers: float) -> None:
-        self.left -= units
-        if self.left == 0:
-            raise Killed
+        if self.before <= 0:
+            self.left -= units
+            if self.left == 0:
+                raise Killed
 
 
 @pytest.fixture(scope="module")

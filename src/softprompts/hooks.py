@@ -151,8 +151,7 @@ class Hooks:
         if prompt is not None:
             call.cut = prompt.shape[1]
             embeds, mask = torch.cat([prompt, embeds], 1), selection.extended(mask)
-            if types is not None:
-                types = extended_types(types, call.cut)
+            types = extended_types(types, call.cut)
             if selection.mixed:
                 # Prompts of several lengths: each row begins at the first position, as it would alone.
                 call.packed = (mask == 0).int().argsort(dim=1, stable=True)
@@ -213,8 +212,7 @@ class Hooks:
         mask = selection.extended(mask)
         if prompt is not None:
             embeds, call.cut = torch.cat([prompt, embeds], 1), prompt.shape[1]
-        if kwargs.get("token_type_ids") is not None and call.cut:
-            kwargs["token_type_ids"] = extended_types(kwargs["token_type_ids"], call.cut)
+        types = extended_types(kwargs.get("token_type_ids"), call.cut)
         if self._window is not None:
             # Where the order of the slots changes, the cache must say so: make it here.
             if past == 0 and crosses and cache is None and "past_key_values" in kwargs and uses_cache(module, kwargs):
@@ -222,10 +220,11 @@ class Hooks:
             order = slot_order(mask, cache, self._window, crosses)
             mask = mask if order is None else sorted_by(order, mask)
             if order is not None and past == 0:
-                call.packed, embeds = order, sorted_by(order, embeds)
-                if kwargs.get("token_type_ids") is not None:
-                    kwargs["token_type_ids"] = sorted_by(order, kwargs["token_type_ids"])
+                call.packed = order
+                embeds, types = sorted_by(order, embeds), sorted_by(order, types)
         kwargs.update(inputs_embeds=embeds, attention_mask=mask)
+        if types is not None:
+            kwargs["token_type_ids"] = types
         kwargs.pop("cache_position", None)  # older releases pass it, counted without the prompt
         if "position_ids" in kwargs:
             kwargs["position_ids"] = positions(mask)[:, -embeds.shape[1] :]
@@ -303,16 +302,15 @@ class Hooks:
         if not own and not lookup and not crosses and self._shares(body, accepted, selection, rows):
             kwargs["past_key_values"] = self.memory.cache(body, selection, embeds, mask, rows)
         prompt, embeds = selection(embeds, positions(mask), mask)
+        types = kwargs.get("token_type_ids")
         if prompt is not None:
-            embeds = torch.cat([prompt, embeds], 1)
-            if kwargs.get("token_type_ids") is not None:
-                kwargs["token_type_ids"] = extended_types(kwargs["token_type_ids"], prompt.shape[1])
+            embeds, types = torch.cat([prompt, embeds], 1), extended_types(types, prompt.shape[1])
         mask, cache = selection.extended(mask), kwargs.get("past_key_values")
         order = None if self._window is None else slot_order(mask, cache, self._window, crosses)
         if order is not None:
-            mask, embeds = sorted_by(order, mask), sorted_by(order, embeds)
-            if kwargs.get("token_type_ids") is not None:
-                kwargs["token_type_ids"] = sorted_by(order, kwargs["token_type_ids"])
+            mask, embeds, types = (sorted_by(order, x) for x in (mask, embeds, types))
+        if types is not None:
+            kwargs["token_type_ids"] = types
         kwargs.pop("position_ids", None)  # they follow from the mask
         # Prompt lookup crops the cache to the length of the ids, which must then be the length of the embeddings.
         if ids is not None and not lookup:

@@ -54,9 +54,9 @@ def has_gaps(mask: Tensor) -> bool:
     return bool(((real == 0) & (before > 0) & (behind > 0)).any())
 
 
-def extended_types(types: Tensor, length: int) -> Tensor:
-    """Put the prompt's token types, 0, before those (B, T) of the text."""
-    return torch.cat([types.new_zeros(len(types), length), types], 1)
+def extended_types(types: Tensor | None, length: int) -> Tensor | None:
+    """Put the prompt's token types, 0, before those (B, T) of the text; None stays None."""
+    return None if types is None else torch.cat([types.new_zeros(len(types), length), types], 1)
 
 
 def ones_for(embeds: Tensor, length: int | None = None) -> Tensor:

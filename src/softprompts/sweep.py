@@ -197,7 +197,7 @@ def run_group(
 
 
 def finished(folder: Path, settings: RunSettings) -> dict[str, Any] | None:
-    """Return the record of a run that is done, None if it must be run.
+    """Return the record of a run that is done, None if it must be run; to diverge is an end too.
 
     Raises:
         UsageError: the folder holds a run with other settings.
@@ -207,7 +207,8 @@ def finished(folder: Path, settings: RunSettings) -> dict[str, Any] | None:
     record = results.read_record(folder)
     if RunSettings(**record["settings"]) != settings:
         raise UsageError(f"{folder} was run with other settings; take --overwrite, or another --out")
-    return record if record["status"] in ("done", "dropped") else None
+    diverged = str(record.get("error")).startswith(f"{Diverged.__name__}:")
+    return record if diverged or record["status"] in ("done", "dropped") else None
 
 
 def summary(planned: Sequence[Planned], records: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
