@@ -110,7 +110,10 @@ def earlier(target: Path | None, about: Mapping[str, Any]) -> dict[str, Any] | N
     """Return the record that is there, if it is of the same machine and releases as `about`."""
     if target is None or not target.exists():
         return None
-    record = json.loads(target.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(target.read_text(encoding="utf-8"))
+    except ValueError:  # cut short
+        return None
     return record if {key: record.get(key) for key in about} == about else None
 
 

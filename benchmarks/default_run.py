@@ -56,7 +56,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 raise SystemExit(f"{task}: {error}") from None
             skipped[task] = "its data are not here"
             del plans[task]
-    before = (options.task and options.earlier) or {"rows": [], "others_share": None}
+    before = (options.task and options.earlier) or {"rows": [], "skipped": {}, "others_share": None}
+    skipped |= {task: reason for task, reason in before["skipped"].items() if task not in plans}
     rows = [row for row in before["rows"] if row["task"] not in plans]
     begun = processor_seconds()
 

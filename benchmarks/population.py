@@ -38,7 +38,7 @@ def plan(quick: bool, shape: str = "t5-nano", members: str = MEMBERS) -> dict[st
                 "members": (1, 2)}  # fmt: skip
     method = AcceptConfig(prompt_length=20, budget_tokens=40)
     return {"model": SHAPES[shape], "method": method, "batch": BATCH, "rows": ROWS, "mean": MEAN, "longest": 256,
-            "rounds": ROUNDS, "members": tuple(map(int, members.split(",")))}  # fmt: skip
+            "rounds": ROUNDS, "members": tuple(sorted({1, *map(int, members.split(","))}))}  # fmt: skip
 
 
 def own_batches(lengths: Sequence[int], batch: int, members: int) -> list[list[int]]:
@@ -66,7 +66,7 @@ def measure(options: Namespace) -> dict[str, Any]:
     sides["own"] = mixed.step
     sides["alone"] = lambda: each_alone(alone, own)
     seconds = interleaved(sides, options.rounds or size["rounds"], device)
-    base = seconds[f"same {size['members'][0]}"]
+    base = seconds["same 1"]
     found = [
         row("same rows", number, seconds[f"same {number}"], [second * number for second in base])
         for number in size["members"]
@@ -81,7 +81,7 @@ def options_of(parser: ArgumentParser) -> None:
     """Add what this measurement alone can be told."""
     shape_option(parser, "t5-nano")
     parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the backbone (default fp32)")
-    parser.add_argument("--members", default=MEMBERS, help=f"sizes of the populations (default {MEMBERS})")
+    parser.add_argument("--members", default=MEMBERS, help=f"sizes of the populations, beside 1 (default {MEMBERS})")
 
 
 def row(case: str, members: int, together: Sequence[float], apart: Sequence[float]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny import BERT, LLAMA, T5
-from transformers import BertConfig, LlamaConfig, T5Config
+from tiny import BERT, LLAMA, T5, build
+from transformers import BartConfig, BartForConditionalGeneration, BertConfig, LlamaConfig, T5Config
 
 from softprompts import AcceptConfig, attach, backbone
 from softprompts.backbone import AUTO_CLASSES, load_backbone
@@ -62,6 +62,17 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # -------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("model", ["t5", "gpt2", "bert-sequence", "bart"])
+def test_a_folder_without_a_tokenizer(model: str, tmp_path: Path) -> None:
+    """transformers makes up an empty one, which would turn all texts into the same."""
+    small = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=64, max_position_embeddings=32)
+    network = BartForConditionalGeneration(BartConfig(**small, **heads)) if model == "bart" else build(model)
+    network.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"has no tokenizer .*; save the model's own into its folder"):
+        load_backbone(ModelSettings(name=str(tmp_path)), 2)
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)

@@ -102,9 +102,15 @@ def test_default_runs_of_other_tasks_stay_in_the_record(
     monkeypatch.setattr(script, "one_run", lambda settings, folder, count: {"task": settings.task, "by": "second"})
     record = script.main([*arguments, "--task", "demo/mood"])
     assert [row["by"] for row in record["rows"]] == ["first", "second"]
+    found = json.loads(place.read_text())
+    place.write_text(json.dumps(found | {"skipped": {"squad": "its data are not here", "demo/mood": "not yet"}}))
+    record = script.main([*arguments, "--task", "demo/mood"])
+    assert record["skipped"] == {"squad": "its data are not here"}, "what is measured now is not skipped"
     place.write_text(place.read_text().replace('"threads": 1', '"threads": 3'))
     record = script.main([*arguments, "--task", "demo/mood"])
     assert [row["task"] for row in record["rows"]] == ["demo/mood"], "rows of another machine do not mix"
+    place.write_text(place.read_text()[:40])
+    assert len(script.main([*arguments, "--task", "demo/mood"])["rows"]) == 1, "a record cut short is replaced"
 
 
 def checks(found: dict[str, Any]) -> Iterator[tuple[str, float]]:

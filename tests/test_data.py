@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from softprompts.backbone import load_backbone
 from softprompts.config import DataSettings, ModelSettings
 from softprompts.data import IGNORED, Encoder, epoch_batches, eval_batches, make_encoder, pad, spread
+from softprompts.errors import UsageError
 from softprompts.tasks import Example, get_task
+from softprompts.tasks.own import OwnTask
 
 LENGTHS = [3, 50, 7, 7, 90, 12, 33, 4, 5, 61, 8]
 
@@ -92,6 +94,12 @@ def encoder() -> Encoder:
 
 def example(text: str, target: str = "1") -> Example:
     return Example(text, target, (target,), label=int(target))
+
+
+def test_label_words_of_the_same_tokens_are_refused(encoder: Encoder) -> None:
+    task = OwnTask("own/same", ["text"], "label", labels={"0": "\u4e00", "1": "\u4e8c"})
+    with pytest.raises(UsageError, match=r"writes the label words '\u4e00' and '\u4e8c' with the same tokens"):
+        make_encoder(encoder.backbone, task, DataSettings())
 
 
 def test_long_texts_lose_their_end_but_not_the_end_of_text(encoder: Encoder) -> None:

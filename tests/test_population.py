@@ -9,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_train import SMALL, KillAt, Killed, settings_of
+from tiny import GPT2
 from torch.testing import assert_close
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from softprompts import results
+from softprompts import loop, results, scored
+from softprompts.backbone import embedded_path
 from softprompts.checkpoint import WEIGHTS_FILE
+from softprompts.config import resolve_tree
 from softprompts.errors import SoftPromptsError, UsageError
 from softprompts.loop import Progress, Run
 from softprompts.member import Member
@@ -78,14 +82,66 @@ def test_no_member_cuts_the_texts_of_another(tmp_path: Path) -> None:
     assert together[0]["data"]["truncated"]["train"] == 24 and together[1]["data"]["truncated"]["train"] == 0
 
 
+@pytest.mark.parametrize("padding", ["dynamic", "max"])
+@pytest.mark.parametrize("device", ["cpu", "accelerator"])
+def test_a_shorter_prompt_leaves_no_more_room_to_others(
+    padding: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 64 positions, a prompt of 3 leaves 61 to its texts; behind one of 12 these would not fit."""
+    tokenizer = AutoTokenizer.from_pretrained(embedded_path("t5-nano"))
+    GPT2LMHeadModel(GPT2Config(**{**GPT2, "vocab_size": len(tokenizer)})).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    texts = "".join(f"{'word and more of it ' * 20}{row},{row % 2}\n" for row in range(20))
+    (tmp_path / "long.csv").write_text(f"text,label\n{texts}")
+    tree = {
+        "data": {"path": str(tmp_path / "long.csv"), "inputs": ["text"], "padding": padding},
+        "model": {"name": str(tmp_path / "gpt2"), "dtype": "fp32"},
+        "train": {"steps": 4, "batch_size": 2},
+        "eval": {"untuned": False},
+    }
+    both = [resolve_tree({**tree, "method": {"name": "prompt_tuning", "prompt_length": n}}) for n in (3, 12)]
+    if device != "cpu":  # there all rows go through the backbone at once
+        monkeypatch.setattr(loop, "CHUNK_ROWS", 10_000)
+        monkeypatch.setattr(loop, "PASS_SLOTS", 10_000)
+    outs = [tmp_path / name for name in ("short", "long")]
+    for one, out, beside in zip(both, outs, train_together(both, outs), strict=True):
+        own = tmp_path / f"{out.name}-alone"
+        alone = train(one, own)
+        assert beside["scores"] == alone["scores"] and alone["data"]["truncated"]["train"] == 16
+        assert_close(torch.tensor(losses(out)), torch.tensor(losses(own)), atol=1e-4, rtol=1e-4)
+
+
+def test_the_untuned_backbone_answers_what_its_member_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few shots train less, so that fewer rows are scored."""
+    monkeypatch.setitem(scored.LEAST, "untuned", 2)
+    settings = [
+        resolve_tree(
+            {
+                "task": "demo/request",
+                "method": {"name": "prompt_tuning", "prompt_length": 3},
+                "data": {"shots": shots, "validation_limit": 4},
+                "train": {"steps": 20, "batch_size": 16, "eval_every": 20, "prompt_rate": 0.0},
+                "model": {"dtype": "fp32"},
+            }
+        )
+        for shots in (4, 64)
+    ]
+    together = train_together(settings, [tmp_path / "few", tmp_path / "more"])
+    found = [record["baselines"]["untuned"]["n"] for record in together]
+    assert found[0] < found[1] == train(settings[1], tmp_path / "alone")["baselines"]["untuned"]["n"]
+
+
 def test_who_shares_a_pass() -> None:
     """Members of about equally long texts, on a CPU; all of them on an accelerator."""
 
     def passes(longest: list[int], rows: int = 16, device: str = "cpu") -> list[list[int]]:
-        run: Any = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device(device)))
-        members: Any = [
-            SimpleNamespace(splits={"train": SimpleNamespace(sources=[[5] * length])}) for length in longest
-        ]
+        run: Any = SimpleNamespace(
+            accelerator=SimpleNamespace(device=torch.device(device)),
+            limit=None,
+            slots=lambda member, part: member,
+            has_room=lambda members, slots: True,
+        )
+        members: Any = longest
         return Run.chunks(run, members, [[0] * rows if length else [] for length in longest])
 
     assert passes([70, 70, 70, 70, 70, 70]) == [[0, 1, 2, 3], [4, 5]], "64 rows"
@@ -185,8 +241,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 def test_the_backbone_runs_once_per_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    from softprompts import train as loop
-
     plain = loop.Run.losses
 
     def counted(self: Any, training: Any, parts: Any) -> Any:

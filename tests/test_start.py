@@ -122,7 +122,11 @@ def test_a_mistake_leaves_the_earlier_run_alone(tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(settings_for("random"), out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    for changes in ({"start": {"kind": "intermediate", "task": "demo/mod"}}, {"train": {"rates": {"wieghts": 0.1}}}):
+    for changes in (
+        {"start": {"kind": "intermediate", "task": "demo/mod"}},
+        {"train": {"rates": {"wieghts": 0.1}}},
+        {"start": {"kind": "intermediate", "task": "demo/request"}, "data": {"shots": 1}},
+    ):
         tree = settings_for("target").model_dump()
         for key, value in changes.items():
             tree[key] |= value

@@ -8,6 +8,7 @@ import pytest
 from test_train import SMALL, KillAt, Killed, settings_of
 
 from softprompts import results, search, sweep
+from softprompts.arguments import assignments
 from softprompts.cli import main
 from softprompts.config import parse_assignment, resolve
 from softprompts.errors import SoftPromptsError, UsageError
@@ -23,6 +24,7 @@ method = "prompt_tuning"
 [train]
 steps = 4
 eval_every = 2
+batch_size = 4
 [data]
 train_limit = 8
 validation_limit = 6
@@ -38,7 +40,7 @@ def write(folder: Path, lists: str, head: str = HEAD) -> Path:
 
 
 def small(file: Path) -> list[sweep.Planned]:
-    return sweep.plan(file, [parse_assignment("method.budget_tokens=4"), parse_assignment("train.batch_size=4")])
+    return sweep.plan(file, [parse_assignment("method.budget_tokens=4")])
 
 
 def test_a_plan_is_the_grid_of_its_lists(tmp_path: Path) -> None:
@@ -58,11 +60,30 @@ def test_a_plan_is_the_grid_of_its_lists(tmp_path: Path) -> None:
         ("seed = 3", "sweeps over nothing"),
         ("seed = [1, 1]", "names the same run twice: seed-1"),
         ('"train.promt_rate" = [1]', "did you mean 'prompt_rate'"),
+        ('task = ["demo/mood", "demo/moood"]', "unknown task 'demo/moood'"),
     ],
 )
 def test_a_plan_that_cannot_be(lists: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         small(write(tmp_path, lists))
+
+
+def test_options_take_the_place_of_lists(tmp_path: Path) -> None:
+    file = write(tmp_path, 'seed = [1, 2]\nmethod = ["dept", "accept"]\n"train.prompt_rate" = [0.1]\n')
+    given = assignments(["seed=7", "train.prompt_rate=[0.3, 0.4]", "method=accept", "train.batch_size=3"])
+    planned = sweep.plan(file, given)
+    assert [run.name for run in planned] == [
+        "seed-7_method-accept_prompt_rate-0.3",
+        "seed-7_method-accept_prompt_rate-0.4",
+    ]
+    assert [run.settings.train.prompt_rate for run in planned] == [0.3, 0.4]
+    assert {run.settings.train.batch_size for run in planned} == {3}
+
+
+def test_a_run_that_cannot_be_is_named(tmp_path: Path) -> None:
+    head = HEAD.replace('task = "demo/request"\n', "").replace("[data]", f'[data]\npath = "{tmp_path / "no.csv"}"')
+    with pytest.raises(UsageError, match=r"^seed-1, seed-2: no file"):
+        sweep.run_sweep(small(write(tmp_path, "seed = [1, 2]\n", head)), tmp_path / "out")
 
 
 def test_runs_that_fit_share_a_backbone(tmp_path: Path) -> None:
@@ -100,10 +121,11 @@ def test_a_sweep_goes_on_where_it_was_killed(tmp_path: Path) -> None:
         sweep.run_sweep(other_steps(planned), tmp_path / "killed")
 
 
+@pytest.mark.parametrize("warmup", [0, 5])
 @pytest.mark.parametrize("most", [1, 2])
-def test_a_run_that_diverges_does_not_end_the_sweep(most: int, tmp_path: Path) -> None:
+def test_a_run_that_diverges_does_not_end_the_sweep(most: int, warmup: int, tmp_path: Path) -> None:
     file = write(tmp_path, '"train.prompt_rate" = [1e25, 0.3]\n')
-    own = ("method={name='accept', prompt_length=6, budget_tokens=16}", "train.steps=12", "train.warmup=0")
+    own = ("method={name='accept', prompt_length=6, budget_tokens=16}", "train.steps=12", f"train.warmup={warmup}")
     planned = sweep.plan(file, [parse_assignment(text) for text in (*own, "train.batch_size=4")])
     found = sweep.run_sweep(planned, tmp_path / "out", most=most)
     wild, tame = found["runs"]
@@ -376,5 +398,11 @@ def test_the_option(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert record["settings"]["train"]["prompt_rate"] == found["prompt_rate"] and record["steps_done"] == 70
     assert main(["train", "--resume", "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["search"] == record["search"]
+    plain = tmp_path / "plain"
+    assert main(["train", *given, "--out", str(plain)]) == 0
+    assert main(["train", *given, "--search", "2", "--resume", "--out", str(plain)]) == 2
+    assert f"{plain} was begun without --search; resume with --out alone" in capsys.readouterr().err
+    assert not (plain / results.SEARCH).exists() and main(["train", "--resume", "--out", str(plain)]) == 0
+    capsys.readouterr()
     assert main(["train", *given, "--search", "2", "--seeds", "1,2"]) == 2
     assert "--search and --seeds" in capsys.readouterr().err

@@ -61,6 +61,7 @@ def load_backbone(settings: ModelSettings, num_labels: int | None = None) -> Bac
             if num_labels == 1:
                 config.problem_type = "regression"
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=settings.revision)
+        check_tokenizer(tokenizer, settings.name)
         dtype = precision(settings.dtype)
         small = {} if settings.quantization == "none" else quantized(settings.quantization, config, kind, dtype)
         model, loaded = AUTO_CLASSES[kind].from_pretrained(
@@ -95,6 +96,20 @@ def load_backbone(settings: ModelSettings, num_labels: int | None = None) -> Bac
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return Backbone(model, tokenizer, kind, settings.name, dtype, untrained_modules(model, loaded))
+
+
+def check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Make sure that a tokenizer was saved with the model: where there is none, transformers makes up an empty one.
+
+    Raises:
+        UsageError: it has nothing but special tokens.
+    """
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    if not any(character.isalnum() for token in tokenizer.get_vocab() if token not in special for character in token):
+        raise UsageError(
+            f"model '{name}' has no tokenizer (or one without words); save the model's own into its folder "
+            f"(tokenizer.save_pretrained)"
+        )
 
 
 def quantized(quantization: str, config: Any, kind: Kind, dtype: torch.dtype) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from pydantic import Field, field_validator
 from softprompts.errors import UsageError
 from softprompts.settings import Settings
 
+COLUMNS = ("inputs", "target", "labels", "kind")
+"""Settings that say what the columns of own data are."""
+
 
 class DataSettings(Settings):
     """What the task's rows are and how they become tokens."""
@@ -238,6 +241,12 @@ def resolve_tree(tree: dict[str, Any]) -> RunSettings:
     settings = RunSettings(**tree)
     if (settings.task is None) == (settings.data.path is None):
         raise UsageError("name what to train on: either a task (--task glue/rte) or your own data (--data FILE)")
+    given = [key for key in COLUMNS if getattr(settings.data, key) is not None]
+    if given and settings.data.path is None:
+        raise UsageError(
+            f"data.{given[0]} describes data of your own, and {settings.task} has its columns and words; give --data "
+            f"FILE, or leave it out"
+        )
     if len(set(settings.tasks)) < len(settings.tasks) or "" in settings.tasks:
         raise UsageError(f"--task {settings.task} names a task twice, or none; join different names by commas")
     if settings.train.teachers and len(settings.tasks) < 2:

@@ -161,6 +161,7 @@ def make_encoder(backbone: Backbone, task: Task, settings: DataSettings, reach: 
     if words:
         sizes = Encoder(backbone, task, 0, 0)
         longest_word = max(len(sizes.encode_target(word)) for word in words)
+        check_words(sizes, words)
     max_source = settings.max_source_tokens or task.max_source_tokens
     max_target = settings.max_target_tokens or longest_word or task.max_target_tokens or OPEN_TARGET_TOKENS
     limited_by = "data.max_source_tokens"
@@ -177,13 +178,31 @@ def make_encoder(backbone: Backbone, task: Task, settings: DataSettings, reach: 
     return Encoder(backbone, task, max_source, max_target, settings.padding == "max", limited_by, settings.cache)
 
 
+def check_words(encoder: Encoder, words: Sequence[str]) -> None:
+    """Make sure that a model that writes can tell the label words apart.
+
+    Raises:
+        UsageError: two of them are the same tokens.
+    """
+    known: dict[tuple[int, ...], str] = {}
+    for word in () if encoder.backbone.kind == "classification" else words:
+        other = known.setdefault(tuple(encoder.encode_target(word)), word)
+        if other != word:
+            raise UsageError(
+                f"the tokenizer of '{encoder.backbone.name}' writes the label words '{other}' and '{word}' with the "
+                f"same tokens; take other words (--labels), or another model"
+            )
+
+
 def cue_ids(backbone: Backbone) -> list[int]:
     """Return the tokens between text and answer for a decoder-only model."""
     return backbone.tokenizer(ANSWER_CUE, add_special_tokens=False)["input_ids"]
 
 
-def load_data(settings: RunSettings, splits: Sequence[str] = ("train", "validation", "test")) -> TaskData:
-    """Read the task or the user's own data, and apply the limits.
+def load_data(
+    settings: RunSettings, splits: Sequence[str] = ("train", "validation", "test"), whole: bool = False
+) -> TaskData:
+    """Read the task or the user's own data, and apply the limits; `whole` as in `load_own`.
 
     Raises:
         UsageError: no such task or file, an empty split.
@@ -204,6 +223,7 @@ def load_data(settings: RunSettings, splits: Sequence[str] = ("train", "validati
             splits=splits,
             shots=shots,
             shot_seed=data.shot_seed,
+            whole=whole,
         )
     else:
         task = get_task(str(settings.task))

@@ -54,9 +54,8 @@ class Run:
         self, members: Sequence[Member], accelerator: Accelerator, progress: Progress, halving: Halving | None = None
     ) -> None:
         self.members, self.accelerator, self.progress, self.halving = members, accelerator, progress, halving
-        # Batches are padded to the texts, or all to the longest limit.
-        self.encoder = max((member.encoder for member in members), key=lambda encoder: encoder.max_source)
-        self.backbone = self.encoder.backbone
+        self.backbone = members[0].backbone
+        self.limit = adapters_of(self.backbone.model).hooks.position_limit
         self.state_file = members[0].out / results.STATE
         for member in members:
             for parameter in member.parameters.values():
@@ -145,22 +144,39 @@ class Run:
         """Return which members go through the backbone together, by number; those without rows are left out.
 
         An accelerator takes all at once. A CPU is no faster on larger batches, and slower on those beyond its caches:
-        there a chunk has `CHUNK_ROWS` rows, of members whose texts are about equally long.
+        there a chunk has `CHUNK_ROWS` rows, of members whose texts are about equally long. Nowhere do the longest
+        prompt and the longest text of a chunk exceed the backbone's positions.
         """
         busy = [i for i, part in enumerate(parts) if part]
-        if len(busy) == 1 or self.accelerator.device.type != "cpu":
+        cpu = self.accelerator.device.type == "cpu"
+        if len(busy) == 1 or (not cpu and self.limit is None):
             return [busy]
-        longest = {i: max(len(training[i].splits["train"].sources[row]) for row in parts[i]) for i in busy}
+        longest = {i: self.slots(training[i], parts[i]) for i in busy}
         found: list[list[int]] = []
         for i in sorted(busy, key=lambda i: longest[i]):
             joined = [*found[-1], i] if found else [i]
             rows = sum(len(parts[j]) for j in joined)
             padding = rows * longest[i] - sum(len(parts[j]) * longest[j] for j in joined)
-            if found and rows <= CHUNK_ROWS and padding <= PASS_SLOTS * (len(joined) - 1):
+            cheap = not cpu or (rows <= CHUNK_ROWS and padding <= PASS_SLOTS * (len(joined) - 1))
+            if found and cheap and self.has_room([training[j] for j in joined], longest[i]):
                 found[-1] = joined
             else:
                 found.append([i])
         return found
+
+    def slots(self, member: Member, part: Sequence[int]) -> int:
+        """Return how long some rows of a member are in a batch of their own, without the prompt."""
+        rows, encoder, causal = member.splits["train"], member.encoder, self.backbone.kind == "causal"
+        if encoder.fixed:
+            return encoder.max_source + encoder.max_target * causal
+        return max(len(rows.sources[i]) + len(rows.targets[i]) * causal for i in part)
+
+    def has_room(self, members: Sequence[Member], slots: int) -> bool:
+        """Whether the backbone has positions for the longest prompt of several members and a text of `slots`."""
+        if self.limit is None:
+            return True
+        adapters = adapters_of(self.backbone.model)
+        return max(adapters.method(member.name).length for member in members) + slots <= self.limit
 
     def losses(self, training: Sequence[Member], parts: Sequence[list[int]]) -> list[Tensor]:
         """Return each member's summed loss on its rows; the backbone runs once."""
@@ -176,7 +192,8 @@ class Run:
         `chosen` says that the adapters of the rows are chosen already.
         """
         rows = Rows.together([member.splits["train"].pick(part) for member, part in zip(training, parts, strict=True)])
-        inputs, labels = self.encoder.batch(rows, range(len(rows)))
+        encoder = max((member.encoder for member in training), key=lambda encoder: encoder.max_source)
+        inputs, labels = encoder.batch(rows, range(len(rows)))
         inputs, labels = to_device(inputs, self.backbone.model), labels.to(self.accelerator.device)
         seen = None if self.backbone.kind == "classification" else labels != IGNORED
         # A compiled model would be compiled anew for each number of labels.
@@ -352,7 +369,7 @@ class Run:
         """Score each member's best adapter on the test split, write the predictions, return the records."""
         self.accelerator.wait_for_everyone()
         records = []
-        untuned: dict[int, dict[str, float]] = {}
+        untuned: dict[tuple[int, int], dict[str, float]] = {}
         for member in self.members:
             if member.state.dropped is not None:
                 records.append(member.gave_up())
@@ -365,11 +382,12 @@ class Run:
             examples = member.splits["test"].examples
             baselines = {"majority": majority(task, member.data.train, examples, protocol)}
             if member.settings.eval.untuned and self.backbone.kind != "classification":
-                # The bare backbone answers the same for all members whose texts are cut alike.
-                if id(member.encoder) not in untuned:
-                    self.progress.phase("untuned", len(member.splits["untuned"]))
-                    untuned[id(member.encoder)] = self.untuned(member)
-                baselines["untuned"] = untuned[id(member.encoder)]
+                # The bare backbone answers the same for all members whose texts are cut alike, and as many.
+                asked = id(member.encoder), len(member.splits["untuned"])
+                if asked not in untuned:
+                    self.progress.phase("untuned", asked[1])
+                    untuned[asked] = self.untuned(member)
+                baselines["untuned"] = untuned[asked]
             member.state.eval_seconds += time.perf_counter() - begun
             if self.main:
                 results.write_predictions(

@@ -31,7 +31,7 @@ TRIALS = "search"
 TASKS = "tasks"
 START = "start"
 OURS = (RECORD, STEPS, PREDICTIONS, ADAPTER, STATE, SEARCH, TRIALS, TASKS, START)
-BEGINNINGS = (RECORD, SEARCH, START)
+BEGINNINGS = (RECORD, SEARCH)
 """What tells that a folder is a run's."""
 
 

@@ -20,7 +20,7 @@ from softprompts.data import OPEN_TARGET_TOKENS
 from softprompts.errors import SoftPromptsError, UsageError
 from softprompts.files import write_text
 from softprompts.population import Halving, alone
-from softprompts.results import SEARCH, TRIALS, clear_folder
+from softprompts.results import RECORD, SEARCH, TRIALS, clear_folder
 from softprompts.scored import ROW_COST, TOKEN_COST
 from softprompts.sweep import has_head
 from softprompts.tasks import get_task
@@ -65,13 +65,16 @@ def find(
         (settings of the real run, what was tried and found).
 
     Raises:
-        UsageError: too few steps for so many candidates, or settings that cannot be used; nothing is written then.
+        UsageError: too few steps for so many candidates, settings that cannot be used, or a run to resume that was
+            begun without a search; nothing is written then.
         SoftPromptsError: no candidate's loss stays a number.
     """
     from softprompts.train import train_together
 
     check_searchable(settings)
     file, folder = out / SEARCH, out / TRIALS
+    if resume and (out / RECORD).exists() and not file.exists():
+        raise UsageError(f"{out} was begun without --search; resume with --out alone, or take --overwrite")
     if resume and file.exists():
         outcome = json.loads(file.read_text(encoding="utf-8"))
         if outcome["asked"] != settings.model_dump(mode="json") or outcome["count"] != count:

@@ -54,13 +54,17 @@ class Planned:
 
 
 def plan(file: Path, overrides: Iterable[tuple[str, Any]] = ()) -> list[Planned]:
-    """Return the runs of a sweep file, with the overrides on top of it.
+    """Return the runs of a sweep file, with the overrides on top of it: also in the place of its lists.
 
     Raises:
-        UsageError: no lists, or settings that cannot be used.
+        UsageError: no lists, or settings or tasks that cannot be used.
     """
-    tree = merged(file, overrides)
-    lists = flat(tree.pop("sweep", {}))
+    from softprompts.tasks import get_task
+
+    given = dict(overrides)
+    tree = merged(file, given.items())
+    lists = {"method.name" if key == "method" else key: value for key, value in flat(tree.pop("sweep", {})).items()}
+    lists |= {key: given[key] if isinstance(given[key], list) else [given[key]] for key in given.keys() & lists.keys()}
     if not lists or not all(isinstance(values, list) and values for values in lists.values()):
         raise UsageError(f"{file} sweeps over nothing; give lists under [sweep], for example seed = [1, 2, 3]")
     planned = []
@@ -68,7 +72,10 @@ def plan(file: Path, overrides: Iterable[tuple[str, Any]] = ()) -> list[Planned]
         own, chosen = deepcopy(tree), dict(zip(lists, values, strict=True))
         for key, value in chosen.items():
             insert(own, key, value)
-        planned.append(Planned(folder_name(chosen), resolve_tree(own), chosen))
+        settings = resolve_tree(own)
+        for task in settings.tasks:
+            get_task(task)  # an unknown one would end the sweep half-way
+        planned.append(Planned(folder_name(chosen), settings, chosen))
     names = [run.name for run in planned]
     if len(set(names)) < len(names):
         raise UsageError(f"{file} names the same run twice: {next(n for n in names if names.count(n) > 1)}")
@@ -155,6 +162,8 @@ def run_sweep(
     if done and progress is not None:
         progress.note(f"{done} of {len(planned)} runs are done")
     stopped = [] if overwrite else interrupted(planned, out)
+    # What has diverged may have left a state too.
+    stopped = [group for group in stopped if any(records[run.name] is None for run in group)]
     held = {run.name for group in stopped for run in group}
     fresh = [run for run in planned if run.name not in held and records.get(run.name) is None]
     for group in [*stopped, *groups(fresh, most)]:
@@ -166,6 +175,8 @@ def run_sweep(
             records |= run_group(
                 group, out, halving=drop, resume=begun and not overwrite, overwrite=overwrite, progress=progress
             )
+        except UsageError as error:
+            raise UsageError(f"{', '.join(run.name for run in group)}: {error}") from None
         except Diverged as error:
             if progress is not None:
                 progress.note(f"{group[0].name}: {error}")

@@ -105,6 +105,7 @@ def train_together(
     for out in folders:
         results.check_folder(out, resume, overwrite)
     begun = resume and (folders[0] / results.STATE).exists()
+    task_data = load_data(first)  # before the stages: what cannot be read ends the run here
     if first.start.kind != "random":
         # Once the run itself has begun, its stages may be gone.
         parts = {"start": earlier[0]["start"]} if begun and earlier[0] is not None else None
@@ -112,7 +113,6 @@ def train_together(
         about = (about or {}) | parts
         resume, overwrite = True, False  # the parts trained alone are the beginning of the run
     torch.manual_seed(first.seed)
-    task_data = load_data(first)
     backbone = load_backbone(first.model, num_labels(task_data.task))
     names = ["default"] if len(settings) == 1 else [f"member-{number}" for number in range(len(settings))]
     for number, (one, out, name) in enumerate(zip(settings, folders, names, strict=True)):

@@ -11,7 +11,7 @@ from softprompts import results
 from softprompts.attach import adapters_of
 from softprompts.backbone import Backbone, embedded_name, load_backbone
 from softprompts.checkpoint import adapter_folder, load_adapter, read_config
-from softprompts.config import DataSettings, ModelSettings, RunSettings, insert
+from softprompts.config import COLUMNS, DataSettings, ModelSettings, RunSettings, insert
 from softprompts.data import Encoder, Rows, load_data, make_encoder, num_labels, truncation_notes
 from softprompts.errors import UsageError
 from softprompts.evaluate import Evaluation, evaluate, predict, scoring_for
@@ -20,8 +20,6 @@ from softprompts.tasks.own import OwnTask, texts_to_examples
 
 RUN_ENTRY = "softprompts_run"
 """Entry of `adapter_config.json` that says how the adapter was trained, so that it can be used alone."""
-COLUMNS = ("inputs", "target", "labels", "kind")
-"""Settings that say what the columns of own data are."""
 HEADS = {"SEQ_CLS": "classification", "CAUSAL_LM": "language", "SEQ_2_SEQ_LM": "language"}
 """How an adapter answers, by PEFT's task type."""
 
@@ -56,6 +54,8 @@ class Trained:
     record: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     """What was guessed about the data."""
+    whole: bool = False
+    """Whether the data are a file that was not trained on, so that all its rows can be scored."""
 
     @property
     def task(self) -> Task:
@@ -74,7 +74,9 @@ class Trained:
         advance: Callable[[int], Any] = lambda done: None,
         note: Callable[[str], Any] = lambda text: None,
     ) -> Evaluation:
-        """Answer and score one split of the task's data; `advance` counts rows, `note` hears of cut texts.
+        """Answer and score one split of the task's data; `advance` counts rows, `note` hears what to know of the data.
+
+        Of a single file that was not trained on, all rows are scored, whatever the split is called.
 
         Raises:
             UsageError: the data cannot be read, there is no such split, or no task.
@@ -86,7 +88,10 @@ class Trained:
             )
         if split not in ("train", "validation", "test"):
             raise UsageError(f"unknown split '{split}'; use validation or test")
-        rows = self._encode(getattr(load_data(self.settings, (split,)), split), split, note)
+        loaded = load_data(self.settings, (split,), self.whole)
+        for text in loaded.notes:
+            note(text)
+        rows = self._encode(getattr(loaded, split), split, note)
         plan, wanted = self.settings.eval, scoring or self.settings.eval.scoring
         return evaluate(self.encoder, rows, self.protocol, wanted, plan.batch_size, advance, beams=plan.beams)
 
@@ -146,7 +151,7 @@ def open_trained(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) ->
     load_adapter(backbone.model, folder, trainable=False)
     backbone.model.eval()
     record = results.read_record(path) if (path / results.RECORD).is_file() else {}
-    return Trained(encoder_for(backbone, task, settings), settings, record, notes)
+    return Trained(encoder_for(backbone, task, settings), settings, record, notes, is_other_file(settings, run))
 
 
 def bare_entry(entries: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -195,6 +200,15 @@ def settings_of(run: Mapping[str, Any], overrides: Sequence[tuple[str, Any]]) ->
     return RunSettings(**tree)
 
 
+def is_other_file(settings: RunSettings, run: Mapping[str, Any]) -> bool:
+    """Whether the data are a single file, and none of the name of the one that was trained on (it may have moved)."""
+    path, trained_on = settings.data.path, run["task"] or run["data"].get("path")
+    # An adapter that does not say what it was trained on may have seen these very rows.
+    if path is None or trained_on is None or not Path(path).expanduser().is_file():
+        return False
+    return Path(path).name != Path(trained_on).name
+
+
 def find_task(
     settings: RunSettings, own: Mapping[str, Any] | None, given: set[str]
 ) -> tuple[RunSettings, Task, tuple[str, ...]]:
@@ -208,11 +222,9 @@ def find_task(
         spec = found.task.spec()
         data = settings.data.updated(**{key: spec[key] for key in COLUMNS})
         return settings.updated(data=data), found.task, tuple(found.notes)
-    if settings.task is not None:
-        return settings, get_task(settings.task), ()
     if given & columns:
         raise UsageError("--input, --target, --labels and --kind describe data of your own; give --data FILE too")
-    return settings, FreeText(), ()
+    return settings, FreeText() if settings.task is None else get_task(settings.task), ()
 
 
 def encoder_for(backbone: Backbone, task: Task, settings: RunSettings) -> Encoder:

@@ -67,6 +67,14 @@ ELSEWHERE = {
     ("train", "--resume"): "--resume needs the run to go on with; name its folder with --out DIR",
     ("train", "--resume", "--out", "nowhere"): "nowhere is not the folder of a run (run.json is missing)",
     ("train", "--data", "none.csv"): "none.csv",
+    (
+        "train",
+        "--task",
+        "demo/mood",
+        "--labels",
+        "0=a,1=b",
+    ): "data.labels describes data of your own",
+    ("train", "--task", "demo/mood", "--prompt-from", "no/such", "-s", "method={name='dept'}"): "no/such",
     ("eval", "nowhere"): "nowhere holds no adapter (adapter_config.json is missing)",
     ("predict", "nowhere", "text"): "nowhere holds no adapter (adapter_config.json is missing)",
     ("predict", "nowhere", "text", "--file", "x.txt"): "give texts or --file, not both",
@@ -134,6 +142,10 @@ def test_overwrite_spares_a_folder_that_is_no_run(tmp_path: Path, table: Path) -
     assert answer.code == 2
     assert "is not the folder of a run (run.json is missing); it is left alone" in answer.error
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "mine.txt").write_text("not a run's")
+    answer = call("train", "--data", table, *SMALL, "--out", tmp_path, "--overwrite")
+    assert "it is left alone" in answer.error and (tmp_path / "start" / "mine.txt").exists()
 
 
 def test_resume_with_other_settings(copied: Path, table: Path) -> None:

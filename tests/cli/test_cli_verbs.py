@@ -110,6 +110,40 @@ def test_interrupted_run_says_how_to_go_on(train_here: Train, tmp_path: Path, mo
     assert results.read_record(tmp_path / "run")["status"] == "done"
 
 
+def test_an_interrupted_sweep_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that is printed does not begin anew."""
+    file, out = tmp_path / "s.toml", tmp_path / "out"
+    file.write_text('task = "demo/mood"\n[train]\nsteps = 2\n[sweep]\nseed = [1, 2]\n')
+    command = [
+        "sweep",
+        file,
+        *SMALL,
+        "-s",
+        "data.train_limit=8",
+        "-s",
+        "data.test_limit=4",
+        "--members",
+        "1",
+        "--out",
+        out,
+    ]
+    finish = Run.finish
+
+    def stop(self: Run) -> object:
+        return interrupt() if self.members[0].out.name == "seed-2" else finish(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", stop)
+        stopped = call(*command, "--overwrite")
+    last = stopped.err.splitlines()[-1]
+    assert stopped.code == 130 and last.startswith("stopped; go on with: softprompts sweep ")
+    done = out / "seed-1" / "run.json"
+    before = done.stat().st_mtime_ns
+    again = call(*shlex.split(last.partition("softprompts ")[2]))
+    assert again.code == 0, again.err
+    assert done.stat().st_mtime_ns == before and results.read_record(out / "seed-2")["status"] == "done"
+
+
 def test_resume_takes_the_settings_from_the_run(copied: Path) -> None:
     answer = call("train", "--resume", "--out", copied, "--json")
     assert answer.code == 0, answer.err
@@ -155,7 +189,18 @@ def test_eval_of_an_adapter_alone_on_other_data(trained: tuple[Path, Answer], tm
     answer = call("eval", trained[0] / "adapter", "--scoring", "generate", "-s", f"data.path={other}")
     assert answer.code == 0, answer.err
     assert "scoring generate" in answer.out
-    assert any(line.split() == ["n", "4"] for line in answer.out.splitlines())
+    assert any(line.split() == ["n", "40"] for line in answer.out.splitlines()), "none of them was trained on"
+    assert call("eval", trained[0], "--data", other, "--json").json["scores"]["n"] == 40
+    for name, rows, n in (("films.csv", 20, 4), ("one-class.csv", 6, 3)):
+        again = write_table(tmp_path / name, rows)
+        if name == "one-class.csv":
+            again.write_text("".join(line for line in again.read_text().splitlines(True) if not line.endswith(",0\n")))
+            n = rows
+        answer = call("eval", trained[0], "--data", again, "--json")
+        assert answer.json["scores"]["n"] == n, "a file of the name of the one trained on keeps its held-out tenth"
+        assert ("took 1 in 10 training rows" in answer.err) == (name == "films.csv")
+    answer = call("eval", trained[0], "--task", "demo/mood", "--labels", "0=a,1=b")
+    assert answer.error.startswith("--input, --target, --labels and --kind describe data of your own")
 
 
 def test_predict_from_arguments_stdin_and_file(

@@ -104,13 +104,12 @@ def _at(error: OSError) -> str:
 
 
 def _way_on(arguments: list[str]) -> str:
-    """Say how to resume what Ctrl-C stopped: the same command with --resume."""
-    if arguments[0] == "sweep":
-        return "; the same command goes on with it"
-    if arguments[0] != "train":
+    """Say how to resume what Ctrl-C stopped: the same command with --resume, which a sweep does by itself."""
+    if arguments[0] not in ("train", "sweep"):
         return ""
     again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
-    return f"; go on with: {shlex.join(['softprompts', *again, '--resume'])}"
+    again += ["--resume"] * (arguments[0] == "train")
+    return f"; go on with: {shlex.join(['softprompts', *again])}"
 
 
 @contextlib.contextmanager

@@ -52,12 +52,12 @@ def train(
         "data.protocol": protocol,
         "data.shots": shots,
         "method.name": method,
-        "method.prompt_from": prompt_from,
-        "method.offset_from": offset_from,
         "model.name": model,
         "seed": seed,
     }
-    overrides = which_data(task, data, inputs, target, labels, kind) + given(named) + assignments(settings)
+    # Last, so that `-s method={...}` does not lose them.
+    starts = given({"method.prompt_from": prompt_from, "method.offset_from": offset_from})
+    overrides = which_data(task, data, inputs, target, labels, kind) + given(named) + assignments(settings) + starts
     if seeds is not None:
         if any(key == "seed" for key, _ in overrides):
             raise UsageError("--seed and --seeds cannot both be given; leave one out")

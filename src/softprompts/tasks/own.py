@@ -146,12 +146,14 @@ def load_own(
     splits: Sequence[str] = SPLITS,
     shots: int | None = None,
     shot_seed: int = 0,
+    whole: bool = False,
 ) -> TaskData:
     """Load a user's data: a file, a folder of splits, or a hub id `org/name[:config][@revision]`.
 
     `inputs` and `target` are columns; `labels` are label words, from the value in the data to the word
     that the model writes. `kind` is `classes`, `text` (free answers) or `number`. What is None is guessed
-    from the training rows. A split that the data lack is a tenth of the training rows, always the same.
+    from the training rows. A split that the data lack is a tenth of the training rows, always the same;
+    if data without any split are `whole`, all their rows are the split that is asked for.
     """
     protocol = check_protocol(protocol)
     if kind is not None and kind not in METRICS:
@@ -168,8 +170,12 @@ def load_own(
     task = _make_task(found, chosen, target, kind, labels)
     for split, rows in found.rows.items():
         _check_targets(task, rows, found.place(split))
-    _set_aside(found)
-    _check_classes(task, found)
+    if splits and not (whole and list(found.rows) == ["train"]):
+        _set_aside(found)
+        _check_classes(task, found)
+    for split in splits:
+        found.rows.setdefault(split, found.rows["train"])
+        found.origins.setdefault(split, found.origins["train"])
 
     def read(split: str) -> tuple[Sequence[Row], str]:
         return found.rows[split], found.origins[split]
