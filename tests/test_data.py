@@ -97,8 +97,8 @@ def example(text: str, target: str = "1") -> Example:
 
 
 def test_label_words_of_the_same_tokens_are_refused(encoder: Encoder) -> None:
-    task = OwnTask("own/same", ["text"], "label", labels={"0": "\u4e00", "1": "\u4e8c"})
-    with pytest.raises(UsageError, match=r"writes the label words '\u4e00' and '\u4e8c' with the same tokens"):
+    task = OwnTask("own/same", ["text"], "label", labels={"0": "\u2603", "1": "\u2604"})
+    with pytest.raises(UsageError, match=r"writes the label words '\u2603' and '\u2604' with the same tokens"):
         make_encoder(encoder.backbone, task, DataSettings())
 
 

@@ -100,11 +100,9 @@ def test_elements_and_draws_are_independent() -> None:
 
 
 def test_consecutive_seeds_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
-    import numpy as np
-
-    masks = torch.stack(
-        [torch.from_numpy(np.random.SFC64(seed).random_raw(64).view(np.uint16) >= 6554).double() for seed in range(400)]
-    )
+    seeds = iter(range(400))
+    monkeypatch.setattr(torch.Tensor, "random_", lambda self: self.fill_(next(seeds)))
+    masks = torch.stack([module.draw(torch.Size([256]), 0.1).double() for _ in range(400)])
     found = correlation(masks[:-1], masks[1:])
     assert abs(found) < SIGMAS / math.sqrt(masks[1:].numel())
 

@@ -10,8 +10,9 @@ import torch
 from tiny import MODELS, NAMES, SHAPES, WRITERS, build, config_of, forward, padded, prompted, scatter, text, unpadded
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import CompileConfig
 
-from softprompts.attach import adapters_of, attach, detach, disabled
+from softprompts.attach import adapters_of, attach, detach, disabled, using
 from softprompts.errors import UsageError
 
 ROUNDING = 1e-5
@@ -223,13 +224,43 @@ def test_compiled_forward_and_gradients_are_the_same(model: str) -> None:
         assert_close(parameter.grad, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(not os.environ.get("JAXTYPING_DISABLE"), reason="shape checks break graphs; see test_compile")
+@pytest.mark.parametrize("model", SHAPES)
+def test_compiled_forward_of_rows_with_a_prompt_each(model: str) -> None:
+    network, ids = prompted(model, "accept"), text()
+    if not adapters_of(network).heads:  # a head belongs to one
+        attach(network, config_of("accept"), "other")
+        scatter(adapters_of(network).method("other"))
+    other = "default" if adapters_of(network).heads else "other"
+    compiled = torch.compile(network, backend="aot_eager")
+    more = {"decoder_input_ids": torch.tensor([[0, 5, 9]]).expand(2, -1)} if model == "t5" else {}
+    for names in (["default", "__base__"], ["__base__", other]):
+        with torch.no_grad(), using(network, names):
+            assert_close(compiled(input_ids=ids, **more).logits, forward(network, ids), atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.skipif(not os.environ.get("JAXTYPING_DISABLE"), reason="shape checks break graphs; see test_compile")
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_compiled_forward_of_a_static_cache(model: str) -> None:
+    """What transformers does by itself on an accelerator."""
+    network, (ids, mask) = prompted(model, "accept"), padded(text(), "left", 2)
+    plan = dict(attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    plan |= dict(output_logits=True, return_dict_in_generate=True)
+    plain = network.generate(ids, **plan)
+    how = CompileConfig(backend="eager", fullgraph=False, dynamic=None, mode=None)
+    how._compile_all_devices = True
+    static = network.generate(ids, cache_implementation="static", compile_config=how, **plan)
+    assert torch.equal(static.sequences, plain.sequences)
+    assert_close(static.logits, plain.logits, atol=ROUNDING, rtol=0)
+
+
 def test_compile() -> None:
     """The compiled tests above, in a process without the run-time shape checks."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-k", "compiled_forward", "-n", "0"],
         env={**os.environ, "JAXTYPING_DISABLE": "1"}, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
-    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout[-2000:]
+    assert done.returncode == 0 and "8 passed" in done.stdout, done.stdout[-2000:]
 
 
 def test_a_bf16_backbone_keeps_an_fp32_prompt_and_head() -> None:

@@ -157,13 +157,8 @@ def remembering(model: Any) -> Iterator[None]:
 
     For answering many batches: nothing may train, load or switch the backbone's weights (LoRA) inside.
     """
-    memory = adapters_of(model).hooks.memory
-    before, memory.kept = memory.kept, {}
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        memory.kept = before
+    with adapters_of(model).hooks.memory.keeping(), torch.no_grad():
+        yield
 
 
 class PromptAdapters(nn.Module):
@@ -243,7 +238,9 @@ class PromptAdapters(nn.Module):
         """Return which adapters the rows of a batch use (several rows for one name with `beams`), None if none."""
         if not self.enabled:
             return None
-        if self.names and (names := self.names.get(thread())) is not None:
+        # A compiled model is traced for all threads, and takes the names there are.
+        who = thread() or next(iter(self.names), 0)
+        if self.names and (names := self.names.get(who)) is not None:
             return select(self.methods(), names, batch, beams)
         # Nothing here depends on the batch, so that a compiled model is not specialised to its size.
         return None if self.active is None else Selection([self.method()])

@@ -33,11 +33,14 @@ from softprompts.memory import PromptMemory, can_share, new_cache, note_packed, 
 from softprompts.rows import Selection
 from softprompts.shapes import (
     attention_window,
+    averages_rows,
+    check_embeddable,
     classifies_rows,
     decoder_body,
     is_decoder_only,
     is_encoder_decoder,
     position_limit,
+    position_start,
 )
 
 IGNORED = -100
@@ -67,6 +70,7 @@ class Hooks:
     """
 
     def __init__(self, model: Any, choose: Callable[[int, bool], Selection | None]) -> None:
+        check_embeddable(model)
         self.model = model
         self._choose = choose
         self._handles: list[Any] = []
@@ -75,10 +79,11 @@ class Hooks:
         self._generating: set[int] = set()
         # By thread, for its next call: which of the last L tokens are the answer, (B, L).
         self.answers: dict[int, Tensor] = {}
-        self.memory = PromptMemory()
-        self._keep_front = classifies_rows(model)
+        self._keep_front = classifies_rows(model) and not averages_rows(model)
+        self._start = position_start(model)
+        self.memory = PromptMemory(self._start)
         self._limit = position_limit(model)
-        self._window = attention_window(model) if is_decoder_only(model) else None
+        self._window = attention_window(model)
 
     @property
     def position_limit(self) -> int | None:
@@ -117,7 +122,7 @@ class Hooks:
 
     def _chosen(self, ids: Tensor | None, embeds: Tensor | None) -> Selection | None:
         given = ids if embeds is None else embeds
-        return None if given is None else self._choose(given.shape[0], thread() in self._generating)
+        return None if given is None else self._choose(given.shape[0], self._is_generating())
 
     def _begin(self) -> Call:
         call = self._calls[thread()] = Call()
@@ -183,16 +188,21 @@ class Hooks:
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         kwargs = by_name(module, args, kwargs)
         ids, embeds, mask = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None), kwargs["attention_mask"]
-        call, generating, answer = self._begin(), thread() in self._generating, self.answers.pop(thread(), None)
+        call, generating, answer = self._begin(), self._is_generating(), self.answers.pop(thread(), None)
         selection = self._chosen(ids, embeds)
-        if selection is None or (generating and embeds is not None):
-            return None  # bare, or `generate` has prompted these embeddings
+        if selection is None:
+            return None
+        counted = kwargs.get("position_ids")
+        if generating and self._start and counted is not None:
+            kwargs["position_ids"] = counted + self._start  # `generate` counts from 0
+        if generating and embeds is not None:  # which `generate` has prompted
+            return ((), {**kwargs, "inputs_embeds": embeds}) if self._start else None
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
         embeds = self._embed(module, ids) if embeds is None else embeds
         new = embeds.shape[1]
         if generating:
-            at = text_positions(selection, embeds, mask, kwargs.get("position_ids"), past)
+            at = text_positions(selection, embeds, mask, counted, past)
             kwargs["inputs_embeds"] = selection(embeds, at, ones_for(embeds), prepend=False)[1]
             return (), kwargs
         if mask is None:
@@ -204,7 +214,8 @@ class Hooks:
             self._check_length(selection, mask, new)
             self._check_answer(module, selection, answer)
         crosses = self._window is not None and past + new + (selection.length if past == 0 else 0) > self._window
-        shares = cache is None and not crosses and self._shares(module, set(kwargs), selection, len(embeds))
+        typed = kwargs.get("token_type_ids") is not None  # the prompt has types of its own then
+        shares = cache is None and not (crosses or typed) and self._shares(module, set(kwargs), selection, len(embeds))
         if shares:
             kwargs["past_key_values"] = self.memory.cache(module, selection, embeds, mask, len(embeds))
             call.hide_cache = not uses_cache(module, kwargs)
@@ -227,7 +238,7 @@ class Hooks:
             kwargs["token_type_ids"] = types
         kwargs.pop("cache_position", None)  # older releases pass it, counted without the prompt
         if "position_ids" in kwargs:
-            kwargs["position_ids"] = positions(mask)[:, -embeds.shape[1] :]
+            kwargs["position_ids"] = positions(mask)[:, -embeds.shape[1] :] + self._start
         return (), kwargs
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -236,14 +247,15 @@ class Hooks:
             output["past_key_values"] = None
         if not call.cut and call.order is None and call.packed is None:
             return output
-        hidden = output[0]
-        if call.packed is not None:
-            hidden = sorted_by(call.packed.argsort(dim=1), hidden)
+        hidden = output[0] if call.packed is None else sorted_by(call.packed.argsort(dim=1), output[0])
         hidden = hidden[:, call.cut :]
         # The model pooled the prompt's first vector; pool the text's first token, as without a prompt.
         pooled = pool(module, hidden) if call.cut else None
         if call.order is not None and not self._keep_front:
             hidden = sorted_by(call.order.argsort(dim=1), hidden)
+        routers = None if isinstance(output, tuple) else output.get("router_logits")
+        if routers is not None and not self._keep_front:  # of a mixture of experts, whose loss counts the text's tokens
+            output["router_logits"] = tuple(self._of_text(call, logits, len(hidden)) for logits in routers)
         if isinstance(output, tuple):
             rest = list(output[1:])
             if pooled is not None:
@@ -253,6 +265,13 @@ class Hooks:
         if pooled is not None:
             output["pooler_output"] = pooled
         return output
+
+    def _of_text(self, call: Call, flat: Tensor, batch: int) -> Tensor:
+        """Return the part of the text of (B*(P+T), E) values, as (B*T, E)."""
+        values = flat.view(batch, -1, flat.shape[-1])
+        if call.packed is not None:
+            values = sorted_by(call.packed.argsort(dim=1), values)
+        return values[:, call.cut :].reshape(-1, flat.shape[-1])
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with a decoder-only model: its own `generate`, given the prompted embeddings of the first step.
@@ -295,8 +314,10 @@ class Hooks:
         rows = len(embeds) * max(option(model, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
         body = decoder_body(model)
         accepted = set(inspect.signature(body.forward).parameters)
+        refuse("past_key_values" not in accepted, f"generate() of {type(model).__name__}", "take a model with a cache")
         count_text(model, kwargs, text)
         own = option(model, kwargs, "cache_implementation") is not None or kwargs.get("past_key_values") is not None
+        own = own or kwargs.get("token_type_ids") is not None
         more = option(model, kwargs, "max_new_tokens") or self._window or 0  # unlimited rows cross any window
         crosses = self._window is not None and selection.length + embeds.shape[1] + more > self._window
         if not own and not lookup and not crosses and self._shares(body, accepted, selection, rows):
@@ -323,11 +344,16 @@ class Hooks:
 
     @contextmanager
     def _generation(self) -> Iterator[None]:
-        self._generating.add(thread())
+        new = {thread()} - self._generating  # a call inside another one leaves that as it is
+        self._generating |= new
         try:
             yield
         finally:
-            self._generating.discard(thread())
+            self._generating -= new
+
+    def _is_generating(self) -> bool:
+        # A compiled step is traced for all threads.
+        return thread() in self._generating or (thread() == 0 and bool(self._generating))
 
     def _shares(self, body: nn.Module, accepted: set[str], selection: Selection, rows: int) -> bool:
         return can_share(body, accepted, selection, rows, self.memory.kept is not None)

@@ -6,7 +6,9 @@ one prompt, and the gradients of all rows meet in it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import threading
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,11 +25,36 @@ States = list[tuple[Tensor, Tensor]]
 """(keys, values) of each layer, each (A, heads, P, D/heads) for A adapters."""
 
 
+_lock = threading.Lock()
+"""Not the memory's own: models are copied and pickled."""
+
+
 class PromptMemory:
     """Keys and values of prompts; `kept` outlives the batch while the adapters and the backbone do not change."""
 
-    def __init__(self) -> None:
-        self.kept: dict[Hashable, States] | None = None
+    def __init__(self, start: int = 0) -> None:
+        self._start = start
+        """The number of the first position."""
+        self._kept: dict[Hashable, States] = {}
+        self._inside = 0
+
+    @property
+    def kept(self) -> dict[Hashable, States] | None:
+        """What is remembered, by adapter; None where nothing may be: outside `keeping`, and for gradients."""
+        return self._kept if self._inside and not torch.is_grad_enabled() else None
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Remember inside the `with` block; threads may come and go in any order, the last one out forgets."""
+        with _lock:
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with _lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._kept = {}  # a new one: a call in progress keeps its own
 
     def cache(self, body: nn.Module, selection: Selection, embeds: Tensor, mask: Tensor, batch: int) -> Any:
         """Return a fresh cache of `batch` rows that holds their prompts, P slots each.
@@ -39,10 +66,11 @@ class PromptMemory:
             mask: (B, T) of the batch.
             batch: rows of the cache; rows beyond B repeat each row (beams).
         """
-        if self.kept is None:
-            layers = prompt_states(body, selection, embeds, mask)
+        kept = self.kept
+        if kept is None:
+            layers = prompt_states(body, selection, embeds, mask, self._start)
         else:
-            layers = stacked([self._remembered(body, method, embeds, mask) for method in selection.methods])
+            layers = stacked([self._remembered(kept, body, method, embeds, mask) for method in selection.methods])
         cache = new_cache(body)
         members = None if len(selection.methods) == 1 else selection.members(len(embeds), embeds)
         if members is not None:
@@ -55,22 +83,23 @@ class PromptMemory:
             cache.update(*rows, number)
         return cache
 
-    def _remembered(self, body: nn.Module, method: SoftPrompt | None, embeds: Tensor, mask: Tensor) -> States | None:
+    def _remembered(
+        self, kept: dict[Hashable, States], body: nn.Module, method: SoftPrompt | None, embeds: Tensor, mask: Tensor
+    ) -> States | None:
         """Return the states of one adapter, None if it prepends nothing."""
-        assert self.kept is not None, "only inside `remembering`"
         if method is None or not method.length:
             return None
         key = (id(method), embeds.dtype, embeds.device)
-        if key not in self.kept:
-            self.kept[key] = prompt_states(body, Selection([method]), embeds, mask)
-        return self.kept[key]
+        if key not in kept:
+            kept[key] = prompt_states(body, Selection([method]), embeds, mask, self._start)
+        return kept[key]
 
 
-def prompt_states(body: nn.Module, selection: Selection, embeds: Tensor, mask: Tensor) -> States:
-    """Run the body on the prompts of a batch's A adapters and return the states."""
+def prompt_states(body: nn.Module, selection: Selection, embeds: Tensor, mask: Tensor, start: int) -> States:
+    """Run the body on the prompts of a batch's A adapters, from position `start` on, and return the states."""
     tables, own = selection.tables(embeds, mask)
     cache = new_cache(body)
-    positions = (own.long().cumsum(1) - 1).clamp(min=0)
+    positions = (own.long().cumsum(1) - 1).clamp(min=0) + start
     body.forward(
         inputs_embeds=tables,
         attention_mask=own if selection.mixed else None,
@@ -144,6 +173,7 @@ def can_share(body: nn.Module, accepted: set[str], selection: Selection, batch: 
 
     A single row gains nothing, unless the prompt is remembered.
     """
-    recomputes = body.training and bool(getattr(body, "gradient_checkpointing", False))
+    # Some set the flag on a module below.
+    recomputes = body.training and any(getattr(module, "gradient_checkpointing", False) for module in body.modules())
     gains = batch > 1 or remembers
     return gains and selection.shared and not recomputes and {"past_key_values", "position_ids"} <= accepted

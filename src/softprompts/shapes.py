@@ -17,8 +17,8 @@ TASK_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestio
 
 
 def is_encoder_decoder(model: Any) -> bool:
-    """Whether the model has an encoder and a decoder of its own."""
-    return bool(model.config.is_encoder_decoder)
+    """Whether the model has an encoder and a decoder of its own; UMT5's encoder alone has the same config."""
+    return bool(model.config.is_encoder_decoder) and "EncoderModel" not in type(model.base_model).__name__
 
 
 def is_decoder_only(model: Any) -> bool:
@@ -72,8 +72,46 @@ def classifies_rows(model: Any) -> bool:
     return type(model).__name__.endswith(("ForSequenceClassification", "ForMultipleChoice"))
 
 
+def averages_rows(model: Any) -> bool:
+    """Whether a row's one answer is made from all its tokens, by the caller's mask (ModernBERT, EuroBERT)."""
+    return getattr(model.config, "classifier_pooling", None) in ("mean", "late")
+
+
+def check_embeddable(model: Any) -> None:
+    """Make sure that a model reads embeddings as it reads ids.
+
+    Raises:
+        UsageError: it makes more of the ids than their embeddings.
+    """
+    config = model.config.get_text_config()
+    absolute = getattr(config, "position_embedding_type", None) == "absolute"
+    masks = config.model_type == "esm" and (absolute or getattr(config, "token_dropout", False))
+    if masks or getattr(config, "hidden_size_per_layer_input", None):
+        raise UsageError(
+            f"{type(model).__name__} makes more of token ids than their embeddings, which a prompt has none of; take "
+            f"another model"
+        )
+
+
+def keeps_more_than_states(model: Any) -> bool:
+    """Whether a decoder keeps more of its past than keys and values: recurrent layers, which padding runs through."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    layers = DynamicCache(config=decoder_body(model).config).layers
+    return any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
 def attention_window(model: Any) -> int | None:
-    """Return over how many slots the narrowest attention layer of a decoder reaches, None if all reach everywhere."""
+    """Return over how many slots the narrowest layer of a decoder reaches, None if all reach everywhere.
+
+    It is 1 where no padding may ever stand between prompt and text: for recurrent layers, and for models that count
+    slots instead of taking positions (MPT).
+    """
+    if not is_decoder_only(model):
+        return None
+    counts_slots = "position_ids" not in inspect.signature(decoder_body(model).forward).parameters
+    if counts_slots or keeps_more_than_states(model):
+        return 1
     config = model.config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)  # GPT-Neo's name
     found = []
@@ -88,6 +126,13 @@ def attention_window(model: Any) -> int | None:
     return min(found, default=None)
 
 
+def position_start(model: Any) -> int:
+    """Return the number of a text's first position: RoBERTa-like tables keep their first rows for padding."""
+    tables = (m for name, m in model.base_model.named_modules() if name.endswith("position_embeddings"))
+    padding = getattr(next(tables, None), "padding_idx", None)
+    return 0 if padding is None else padding + 1
+
+
 def position_limit(model: Any) -> int | None:
     """Return the number of positions of a model with a table of them, None where positions have no end."""
     config: Any = model.config
@@ -95,8 +140,4 @@ def position_limit(model: Any) -> int | None:
     rotary = any(getattr(config, key, None) is not None for key in ("rope_parameters", "rope_scaling", "rope_theta"))
     if limit is None or rotary or limit <= 0:
         return None
-    # RoBERTa-like tables keep their first rows for padding.
-    tables = (m for name, m in model.base_model.named_modules() if name.endswith("position_embeddings"))
-    first = next(tables, None)
-    padding = getattr(first, "padding_idx", None)
-    return limit if padding is None else limit - padding - 1
+    return limit - position_start(model)
