@@ -80,6 +80,23 @@ def test_options_take_the_place_of_lists(tmp_path: Path) -> None:
     assert {run.settings.train.batch_size for run in planned} == {3}
 
 
+def test_whole_methods_are_swept_too(tmp_path: Path) -> None:
+    tables = '[{name = "prompt_tuning", prompt_length = 5}, {name = "accept", prompt_length = 10}]'
+    file = write(tmp_path, f"method = {tables}\n")
+    planned = sweep.plan(file)
+    assert [run.settings.method["name"] for run in planned] == ["prompt_tuning", "accept"]
+    with pytest.raises(UsageError, match="the sweep's list of whole methods exclude each other"):
+        sweep.plan(file, assignments(["method=accept"]))
+
+
+def test_tables_take_the_place_of_lists_too(tmp_path: Path) -> None:
+    file = write(tmp_path, '"train.prompt_rate" = [0.1, 0.2]\n"method.name" = ["prompt_tuning", "accept"]\n')
+    planned = sweep.plan(file, assignments(["train={prompt_rate=0.5, steps=4}", "method={name='dept', rank=3}"]))
+    assert [(run.settings.train.prompt_rate, run.settings.method) for run in planned] == [
+        (0.5, {"name": "dept", "rank": 3})
+    ]
+
+
 def test_a_run_that_cannot_be_is_named(tmp_path: Path) -> None:
     head = HEAD.replace('task = "demo/request"\n', "").replace("[data]", f'[data]\npath = "{tmp_path / "no.csv"}"')
     with pytest.raises(UsageError, match=r"^seed-1, seed-2: no file"):

@@ -25,7 +25,7 @@ from softprompts.config import parse_assignment, resolve
 from softprompts.errors import UsageError
 from softprompts.methods.prompt_tuning import PromptTuningConfig
 from softprompts.train import train
-from softprompts.trained import RUN_ENTRY, open_trained
+from softprompts.trained import RUN_ENTRY, is_other_file, open_trained
 
 SIZES = ("method.prompt_length=4", "method.budget_tokens=20", "method.offset_positions=32", "train.steps=1",
          "train.batch_size=4", "eval.untuned=false", "model.dtype=fp32")  # fmt: skip
@@ -125,6 +125,34 @@ def test_a_run_without_its_entry_scores_the_same_with_the_same_options(run: Path
     assert trained.settings.data.inputs == ("review",) and trained.settings.data.kind == "classes"
     spelled = [*given, ("data.inputs", ["review"]), ("data.target", "label"), ("data.kind", "classes")]
     assert not [note for note in open_trained(folder, spelled).notes if "set --input" in note]
+
+
+def test_another_file_is_scored_whole(run: Path, tmp_path: Path) -> None:
+    """Neither the limits nor the shots of the training leave rows of it out; those that are given do."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for file in (run / "adapter").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    entries = json.loads((folder / CONFIG_FILE).read_text())
+    entries[RUN_ENTRY]["data"] |= {"shots": 4, "train_limit": 5, "test_limit": 3}
+    (folder / CONFIG_FILE).write_text(json.dumps(entries))
+    rows = "".join(f"a good film {row},1\n" for row in range(20))
+    (tmp_path / "more.csv").write_text(f"review,label\n{rows}")
+    given = [("data.path", str(tmp_path / "more.csv")), FP32]
+    assert [open_trained(folder, given).evaluate(split).scores["n"] for split in ("test", "train")] == [20, 20]
+    assert open_trained(folder, [*given, ("data.test_limit", 2)]).evaluate("test").scores["n"] == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "other"),
+    [("films/train.csv", False), ("films/test.csv", True), ("more/train.csv", True), ("films", False)],
+)
+def test_the_training_file_of_a_folder_is_no_other_file(path: str, other: bool, tmp_path: Path) -> None:
+    place = tmp_path / path
+    place.parent.mkdir(exist_ok=True)
+    csv(place, "review,label", ["a film,1"])
+    settings = resolve(None, [("data.path", str(place))])
+    assert is_other_file(settings, {"task": None, "data": {"path": "old/films"}}) is other
 
 
 def test_a_bare_adapter_is_used_on_a_task(nano: tuple[Any, Path]) -> None:

@@ -61,10 +61,15 @@ def plan(file: Path, overrides: Iterable[tuple[str, Any]] = ()) -> list[Planned]
     """
     from softprompts.tasks import get_task
 
-    given = dict(overrides)
-    tree = merged(file, given.items())
-    lists = {"method.name" if key == "method" else key: value for key, value in flat(tree.pop("sweep", {})).items()}
-    lists |= {key: given[key] if isinstance(given[key], list) else [given[key]] for key in given.keys() & lists.keys()}
+    given = list(overrides)
+    tree = merged(file, given)
+    lists = {named(key, values): values for key, values in flat(tree.pop("sweep", {})).items()}
+    for key, value in given:
+        if key.partition(".")[0] == "method" and "method" in lists:
+            raise UsageError(f"-s {key}=... and the sweep's list of whole methods exclude each other; leave one out")
+        for setting, each in flat({key: value}).items():
+            if setting in lists:
+                lists[setting] = each if isinstance(each, list) else [each]
     if not lists or not all(isinstance(values, list) and values for values in lists.values()):
         raise UsageError(f"{file} sweeps over nothing; give lists under [sweep], for example seed = [1, 2, 3]")
     planned = []
@@ -80,6 +85,12 @@ def plan(file: Path, overrides: Iterable[tuple[str, Any]] = ()) -> list[Planned]
     if len(set(names)) < len(names):
         raise UsageError(f"{file} names the same run twice: {next(n for n in names if names.count(n) > 1)}")
     return planned
+
+
+def named(key: str, values: Any) -> str:
+    """Return the setting of a list: methods may be given by their names alone, or as whole tables."""
+    names = isinstance(values, list) and all(isinstance(value, str) for value in values)
+    return "method.name" if key == "method" and names else key
 
 
 def folder_name(values: dict[str, Any]) -> str:

@@ -20,6 +20,8 @@ from softprompts.tasks.own import OwnTask, texts_to_examples
 
 RUN_ENTRY = "softprompts_run"
 """Entry of `adapter_config.json` that says how the adapter was trained, so that it can be used alone."""
+LIMITS = ("shots", "train_limit", "validation_limit", "test_limit")
+"""Settings that leave rows of the data out."""
 HEADS = {"SEQ_CLS": "classification", "CAUSAL_LM": "language", "SEQ_2_SEQ_LM": "language"}
 """How an adapter answers, by PEFT's task type."""
 
@@ -140,7 +142,12 @@ def open_trained(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) ->
     _, entries = read_config(folder)
     run = entries.get(RUN_ENTRY) or bare_entry(entries, folder)
     settings = settings_of(run, overrides)
-    settings, task, notes = find_task(settings, run["own"], {key for key, _ in overrides})
+    given = {key for key, _ in overrides}
+    whole = is_other_file(settings, run)
+    if whole:  # what limited the training does not limit this
+        limits = {key: None for key in LIMITS if f"data.{key}" not in given}
+        settings = settings.updated(data=settings.data.updated(**limits))
+    settings, task, notes = find_task(settings, run["own"], given)
     free = isinstance(task, FreeText)
     backbone = load_backbone(settings.model, 1 if free else num_labels(task))
     if free and backbone.kind == "classification":
@@ -151,7 +158,7 @@ def open_trained(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) ->
     load_adapter(backbone.model, folder, trainable=False)
     backbone.model.eval()
     record = results.read_record(path) if (path / results.RECORD).is_file() else {}
-    return Trained(encoder_for(backbone, task, settings), settings, record, notes, is_other_file(settings, run))
+    return Trained(encoder_for(backbone, task, settings), settings, record, notes, whole)
 
 
 def bare_entry(entries: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -201,12 +208,15 @@ def settings_of(run: Mapping[str, Any], overrides: Sequence[tuple[str, Any]]) ->
 
 
 def is_other_file(settings: RunSettings, run: Mapping[str, Any]) -> bool:
-    """Whether the data are a single file, and none of the name of the one that was trained on (it may have moved)."""
+    """Whether the data are a single file, none of the name of the one that was trained on (it may have moved), nor the
+    `train` of a folder of that name."""
     path, trained_on = settings.data.path, run["task"] or run["data"].get("path")
     # An adapter that does not say what it was trained on may have seen these very rows.
     if path is None or trained_on is None or not Path(path).expanduser().is_file():
         return False
-    return Path(path).name != Path(trained_on).name
+    name, home = Path(path).name, Path(path).resolve().parent.name
+    known = Path(trained_on).name
+    return name != known and not (home == known and name.split(".")[0] == "train")
 
 
 def find_task(
