@@ -91,26 +91,25 @@ def test_gradients_of_a_recurrent_decoder_are_those_of_its_rows() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_loss_of_experts_counts_the_text(rows: int, checkpointing: bool) -> None:
+def test_the_loss_of_experts_counts_the_text(rows: int) -> None:
     """The router's logits are cut as the states are: the head masks them by the text's tokens."""
     more = dict(num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.5)
     network = transformers.MixtralForCausalLM(transformers.MixtralConfig(**LLAMA, **more))
     attach(network.train(), config_of("accept"), initialise=False)
     scatter(network.prompt_adapter)
-    if checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
     ids, mask = padded(text(rows), "left", 2)
-    out = network(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
-    assert all(logits.shape == (rows * 9, 4) for logits in out.router_logits) or not checkpointing
-    out.loss.backward()
-    bare = network(input_ids=ids[:1], attention_mask=mask[:1], labels=ids[:1].masked_fill(mask[:1] == 0, -100))
-    if rows == 1:
-        assert_close(out.aux_loss, bare.aux_loss)
-        unshared = [logits.view(1, 9, 4)[:, 2:] for logits in out.router_logits]
-        plain = network(input_ids=ids[:, 2:]).router_logits
-        for one, other in zip(unshared, plain, strict=True):
-            assert_close(one[0], other, atol=ROUNDING, rtol=0)
+    outs = []
+    for checkpointing in (False, True):  # several rows share a prompt, recomputed ones do not
+        if checkpointing:
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+        outs.append(network(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)))
+        outs[-1].loss.backward()
+        assert all(logits.shape == (rows * 9, 4) for logits in outs[-1].router_logits)
+    assert_close(outs[1].aux_loss, outs[0].aux_loss, atol=ROUNDING, rtol=0)
+    unpadded_rows = network(input_ids=ids[:, 2:]).router_logits
+    for out in outs:
+        for padded_rows, expected in zip(out.router_logits, unpadded_rows, strict=True):
+            assert_close(padded_rows.view(rows, 9, 4)[:, 2:].flatten(0, 1), expected, atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,8 +160,10 @@ def make_encoder(backbone: Backbone, task: Task, settings: DataSettings, reach: 
     words = task.target_words(settings.protocol)
     if words:
         sizes = Encoder(backbone, task, 0, 0)
-        longest_word = max(len(sizes.encode_target(word)) for word in words)
-        check_words(sizes, words)
+        written = {word: sizes.encode_target(word) for word in words}
+        longest_word = max(map(len, written.values()))
+        if backbone.kind != "classification":
+            check_words(backbone, written)
     max_source = settings.max_source_tokens or task.max_source_tokens
     max_target = settings.max_target_tokens or longest_word or task.max_target_tokens or OPEN_TARGET_TOKENS
     limited_by = "data.max_source_tokens"
@@ -178,18 +180,18 @@ def make_encoder(backbone: Backbone, task: Task, settings: DataSettings, reach: 
     return Encoder(backbone, task, max_source, max_target, settings.padding == "max", limited_by, settings.cache)
 
 
-def check_words(encoder: Encoder, words: Sequence[str]) -> None:
-    """Make sure that a model that writes can tell the label words apart.
+def check_words(backbone: Backbone, written: Mapping[str, list[int]]) -> None:
+    """Make sure that a model that writes can tell the label words apart; `written` are their tokens.
 
     Raises:
         UsageError: two of them are the same tokens.
     """
     known: dict[tuple[int, ...], str] = {}
-    for word in () if encoder.backbone.kind == "classification" else words:
-        other = known.setdefault(tuple(encoder.encode_target(word)), word)
+    for word, ids in written.items():
+        other = known.setdefault(tuple(ids), word)
         if other != word:
             raise UsageError(
-                f"the tokenizer of '{encoder.backbone.name}' writes the label words '{other}' and '{word}' with the "
+                f"the tokenizer of '{backbone.name}' writes the label words '{other}' and '{word}' with the "
                 f"same tokens; take other words (--labels), or another model"
             )
 

@@ -223,8 +223,9 @@ def rank_causal(encoder: Encoder, rows: Rows, chosen: Sequence[int], words: list
     model = encoder.backbone.model
     inputs = to_device(encoder.inputs(rows, chosen), model)
     longest = max(len(word) for word in words)
-    longer, window = longest > 1, attention_window(model)
-    if longer and window is not None and longest_prompt(model) + inputs["input_ids"].shape[1] + longest > window:
+    longer = longest > 1
+    window = attention_window(model) if longer else None
+    if window is not None and longest_prompt(model) + inputs["input_ids"].shape[1] + longest > window:
         return rank_whole(encoder, rows, chosen, words)  # behind padding in a cache, words would see less of the text
     out = model(**inputs, logits_to_keep=1, use_cache=longer)
     first = out.logits[:, -1].float().log_softmax(-1)

@@ -247,15 +247,15 @@ class Hooks:
             output["past_key_values"] = None
         if not call.cut and call.order is None and call.packed is None:
             return output
-        hidden = output[0] if call.packed is None else sorted_by(call.packed.argsort(dim=1), output[0])
-        hidden = hidden[:, call.cut :]
+        hidden = text_of(call, output[0])
         # The model pooled the prompt's first vector; pool the text's first token, as without a prompt.
         pooled = pool(module, hidden) if call.cut else None
         if call.order is not None and not self._keep_front:
             hidden = sorted_by(call.order.argsort(dim=1), hidden)
         routers = None if isinstance(output, tuple) else output.get("router_logits")
-        if routers is not None and not self._keep_front:  # of a mixture of experts, whose loss counts the text's tokens
-            output["router_logits"] = tuple(self._of_text(call, logits, len(hidden)) for logits in routers)
+        if routers is not None:  # (B*(P+T), E) of a mixture of experts, whose loss counts the text's tokens
+            rows = (logits.view(len(hidden), -1, logits.shape[-1]) for logits in routers)
+            output["router_logits"] = tuple(text_of(call, logits).flatten(0, 1) for logits in rows)
         if isinstance(output, tuple):
             rest = list(output[1:])
             if pooled is not None:
@@ -265,13 +265,6 @@ class Hooks:
         if pooled is not None:
             output["pooler_output"] = pooled
         return output
-
-    def _of_text(self, call: Call, flat: Tensor, batch: int) -> Tensor:
-        """Return the part of the text of (B*(P+T), E) values, as (B*T, E)."""
-        values = flat.view(batch, -1, flat.shape[-1])
-        if call.packed is not None:
-            values = sorted_by(call.packed.argsort(dim=1), values)
-        return values[:, call.cut :].reshape(-1, flat.shape[-1])
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with a decoder-only model: its own `generate`, given the prompted embeddings of the first step.
@@ -378,6 +371,13 @@ class Hooks:
 def thread() -> int:
     """Return whose call this is. A compiled model is traced once, for all threads."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def text_of(call: Call, values: Tensor) -> Tensor:
+    """Return the text's part (B, T, D) of values (B, P+T, D) of prompt and text."""
+    if call.packed is not None:
+        values = sorted_by(call.packed.argsort(dim=1), values)
+    return values[:, call.cut :]
 
 
 def pool(module: Any, hidden: Tensor) -> Tensor | None:

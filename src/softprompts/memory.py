@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from softprompts.core import SoftPrompt
 from softprompts.errors import UsageError
-from softprompts.masks import has_gaps, packing, sorted_by
+from softprompts.masks import has_gaps, packing, positions, sorted_by
 from softprompts.rows import Selection
 
 PACKED = "softprompts_packed"
@@ -99,11 +99,10 @@ def prompt_states(body: nn.Module, selection: Selection, embeds: Tensor, mask: T
     """Run the body on the prompts of a batch's A adapters, from position `start` on, and return the states."""
     tables, own = selection.tables(embeds, mask)
     cache = new_cache(body)
-    positions = (own.long().cumsum(1) - 1).clamp(min=0) + start
     body.forward(
         inputs_embeds=tables,
         attention_mask=own if selection.mixed else None,
-        position_ids=positions,
+        position_ids=positions(own) + start,
         past_key_values=cache,
         use_cache=True,
     )
